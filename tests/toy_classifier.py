@@ -1,0 +1,76 @@
+"""A small classifier of the built-in toy images: do samples show the class they were asked for?
+
+    python tests/toy_classifier.py out/toy-samples/samples.npz            # trains in about half a minute, then scores
+    python tests/toy_classifier.py out/toy-samples/samples.npz --export features.pt2      # and serves fid.py --features
+Prints one JSON line: its accuracy on pictures it never saw, and the share of samples it assigns to their label.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ae import open_images
+
+
+class Classifier(nn.Module):
+    """uint8 (B,H,W,3) -> features (B,128), logits (B,classes)."""
+
+    def __init__(self, classes):
+        super().__init__()
+        widths = (3, 32, 64, 128, 128)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, b) for b in widths[1:])
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, img):
+        x = img.permute(0, 3, 1, 2).float() / 127.5 - 1
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.silu(norm(conv(x)))
+        features = x.mean((2, 3))
+        return features, self.head(features)
+
+
+def train(data, steps=600, batch=128, seed=0):
+    torch.manual_seed(seed)
+    net = Classifier(data.num_classes)
+    opt = torch.optim.AdamW(net.parameters(), lr=2e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
+    for step in range(steps):
+        numbers = list(range(step * batch, (step + 1) * batch))
+        x, y = data.get_batch(numbers, numbers)
+        # blur and noise, so that the score is about shapes and not about the crispness of an autoencoder's texture
+        if step % 2:
+            x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear") + 0.05 * torch.randn_like(x)
+        img = ((x + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
+        F.cross_entropy(net(img)[1], y).backward()
+        opt.step(), opt.zero_grad(), schedule.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def right(net, img, labels):
+    return float((net(torch.as_tensor(img))[1].argmax(1) == torch.as_tensor(labels)).float().mean())
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("samples", help="samples.npz of sample.py")
+    p.add_argument("--steps", type=int, default=600)
+    p.add_argument("--export", help="write the network for fid.py --features")
+    args = p.parse_args()
+    with np.load(args.samples) as f:
+        img, labels = f["arr_0"], f["arr_1"]
+    net = train(open_images("toy", img.shape[1], train=True), args.steps)
+    x, y = open_images("toy", img.shape[1], train=False).get_batch(list(range(2000)), list(range(2000)))
+    held_out = right(net, ((x + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1), y)
+    if args.export:
+        batch = torch.export.Dim("batch", min=1)
+        torch.export.save(torch.export.export(net, (torch.zeros(2, *img.shape[1:], dtype=torch.uint8),), dynamic_shapes=({0: batch},)), args.export)
+    print(json.dumps({"held_out_accuracy": held_out, "samples_of_their_class": right(net, img, labels), "n": len(img)}))
