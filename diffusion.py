@@ -44,7 +44,7 @@ class InputError(SystemExit, ValueError):
 # The models. depth, hidden, heads [DC-Gen c2icore @cae2205; USiT-3B also paper Sec. 4.1; "T" (toy, trains on a CPU) ours]
 
 FAMILIES = {"DiT": "ddpm", "SiT": "flow", "UViT": "vp", "USiT": "flow"}            # family -> objective
-_DIT = dict(T=(6, 192, 3), S=(12, 384, 6), B=(12, 768, 12), L=(24, 1024, 16), XL=(28, 1152, 16))
+_DIT = dict(T=(4, 144, 4), S=(12, 384, 6), B=(12, 768, 12), L=(24, 1024, 16), XL=(28, 1152, 16))
 _UVIT = dict(T=(4, 192, 3), S=(12, 512, 8), M=(16, 768, 12), L=(20, 1024, 16), H=(28, 1152, 16), **{"2B": (28, 2048, 32)})
 _USIT = dict(_UVIT, **{"3B": (56, 2048, 32)})
 MODELS = {f"{family}-{size}": dims for family, sizes in

@@ -627,7 +627,7 @@ def main(argv=None):
     a("--json", nargs="?", const="", metavar="FILE", help="print the JSON line only; with FILE, write it there too")
     a("--batch_size", type=int, default=64)
     a("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images")
-    a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs (cuda where there is one)")
     args = p.parse_args(argv)
     metrics, two = args.metrics.split(","), args.reference is not None
     if set(metrics) - set(METRICS):

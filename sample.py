@@ -257,12 +257,12 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="Draw pictures.", usage="sample.py --ckpt CKPT [--flag value ...]   (--help explains each)")
     a = p.add_argument
     a("--ckpt", help="our checkpoint (file or run folder), or published weights (hub name, folder, file)")
-    a("--toy", action="store_true", help="the toy run: --ckpt out/toy-diffusion --out out/toy-samples")
+    a("--toy", action="store_true", help="the toy run: --ckpt out/toy-diffusion --out out/toy-samples --guidance 2")
     a("--model", help="what published tensors cannot say: UViT, USiT, USiT-H, ...")
     a("--ae", help="another autoencoder than the one named in the checkpoint (its decoder fine-tuned, say)")
     a("--n", type=int, default=100, help="number of pictures (100)")
     a("--classes", help="all, random, or names, numbers, ranges: cat,7,10-19. Default: all up to 100 pictures, random beyond")
-    a("--guidance", type=float, default=1.0, help="classifier-free guidance on all channels (1: none)")
+    a("--guidance", type=float, help="classifier-free guidance on all channels. Default: 1, none; 2 with --toy")
     a("--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"), help="guide only at signal / (signal + noise) in LO .. HI")
     a("--solver", choices=SOLVERS, help="default: DiT ddpm, UViT dpm, SiT and USiT dopri5")
     a("--steps", type=int, help="solver steps (dpm: evaluations); for flows without --solver: of heun")
@@ -275,6 +275,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.toy:
         args.ckpt, args.out = args.ckpt or "out/toy-diffusion", args.out or "out/toy-samples"
+    args.guidance = (2.0 if args.toy else 1.0) if args.guidance is None else args.guidance
     if args.ckpt is None or min(args.n, args.batch_size) < 1:
         raise InputError("sample.py needs --ckpt CKPT (or --toy), and --n and --batch_size of at least 1")
     ckpt = Path(args.ckpt)

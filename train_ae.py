@@ -47,8 +47,8 @@ PHASES = {  # phase: trainable tensors (regular expression), default resolution,
     2: (r"encoder\.project_out|decoder\.project_in", 512, 1.6e-5, (0.9, 0.999), 0.001, 0.0),  # [community]
     3: (r"decoder\.project_out", 256, 5.4e-5, (0.5, 0.9), 0.0, 0.1),                      # [community]; GAN weight [ours]
 }
-TOY = dict(f=8, c=32, widths="32,48,64,64", depths="0,1,2,2", channels="4,8,16,32", image_size=[32], batch_size=32,
-           steps=1500, lr=1e-3, warmup=100, save_every=500, eval_every=500, eval_num=256, lpips=0.0, out="out/toy-ae")
+TOY = dict(f=8, c=32, widths="16,32,32,64", depths="0,1,1,1", channels="4,8,16,32", image_size=[32], batch_size=16, steps=4500,
+           lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=50, cooldown=4000, save_every=1000, eval_every=1500, eval_num=256, log_every=25, lpips=0.0, out="out/toy-ae")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The training skeleton: ranks, data order, checkpoints, signals, guard, log
@@ -103,7 +103,10 @@ def training_flags(description, toy):
     a("--batch_size", type=int, help="global batch, divisible by ranks x accumulate")
     a("--accumulate", type=int, default=1, help="micro-batches per step and rank")
     a("--lr", type=float, help="absolute learning rate, never rescaled")
+    a("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW")
+    a("--weight_decay", type=float, help="AdamW")
     a("--warmup", type=int, help="steps of linear warm-up; constant afterwards")
+    a("--cooldown", type=int, default=0, help="the last steps, in which the rate falls linearly to 0")
     a("--clip", type=float, default=1.0, help="gradient norm clipping; 0: off")
     a("--seed", type=int, default=0, help="of weights, data order, noise and c'")
     a("--dtype", choices=["bf16", "fp32"], help="autocast; master weights are fp32. Default: bf16 on CUDA, else fp32")
@@ -191,9 +194,10 @@ def draw_channels(channels, seed, step):
     return random.Random(f"{seed} {step}").choice(channels)
 
 
-def warm_up(step, lr, warmup, start=0.0):
-    """Linear warm-up from `start`, then constant; `step` counts from 0."""
-    return start + (lr - start) * min(1.0, (step + 1) / max(1, warmup))
+def learning_rate(step, args, start=0.0):
+    """Of step 0, 1, ...: linear warm-up from `start`, constant, then linearly to 0 over the last --cooldown steps."""
+    warm = start + (args.lr - start) * min(1.0, (step + 1) / max(1, args.warmup))
+    return warm * min(1.0, (args.steps - step) / max(1, args.cooldown))
 
 
 class Guard:
@@ -267,7 +271,7 @@ class Run:
             dist.barrier()
 
     def steps(self, first):
-        """Counts steps under a progress bar, stops on SIGTERM; what the loop body logs goes through self.log."""
+        """Counts steps under a progress bar; what the loop body logs goes through self.log."""
         self.bar = tqdm(total=self.args.steps, initial=first, unit="step", disable=not self.ranks.first, dynamic_ncols=True,
                         mininterval=0.2 if sys.stderr.isatty() else 10)
         self.first = self.since_step = first
@@ -275,8 +279,6 @@ class Run:
         for step in range(first, self.args.steps):
             yield step
             self.bar.update()
-            if self.stop:
-                break
         self.bar.close()
 
     def next(self, iterator):
@@ -308,7 +310,7 @@ class Run:
         if self.ranks.first:
             with open(f"{self.args.out}/log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
-            self.bar.set_postfix_str(f"loss {values.get('loss', float('nan')):.4f}, {speed:.1f} img/s, wait {self.wait / seconds:.0%}"
+            self.bar.set_postfix_str(f"loss {values.get('loss', float('nan')):.4f}, {speed:.3g} img/s, wait {self.wait / seconds:.0%}"
                                      + (f", skipped {line['skipped']}" if line["skipped"] else ""), refresh=done == self.first + 1)
         self.sums, self.wait, self.since, self.since_step = {}, 0.0, time.time(), done
         if worst >= 10:
@@ -496,8 +498,6 @@ def optional_metrics(args, ranks, device):
 def evaluate(ae, data, rows, num, batch_size, ranks, metrics):
     """PSNR and SSIM on uint8 (data range 255), LPIPS and rFID where at hand: a list of dicts, one for each c' of rows.
     Ranks share the images; pictures are taken through the ADM crop, in eval mode and fp32."""
-    modes = [(m, m.training) for m in ae.modules()]
-    ae.eval()
     device, indices = ranks.device, list(range(min(num or len(data), len(data))))
     sums = torch.zeros(len(rows), 4, dtype=torch.float64, device=device)                # psnr, ssim, lpips, n
     real, fake = fid.Moments(), {k: fid.Moments() for k in rows}
@@ -528,8 +528,6 @@ def evaluate(ae, data, rows, num, batch_size, ranks, metrics):
         if "rfid" in metrics:
             row["rfid"] = fid.frechet_distance(real.mean, real.cov, fake[k].mean, fake[k].cov)
         table.append({**row, "n": int(n)})
-    for m, mode in modes:
-        m.training = mode
     return table
 
 
@@ -543,14 +541,11 @@ def show_table(table, size, metrics):
 @torch.no_grad()
 def picture(ae, data, rows, device, path, n=8):
     """PNG: originals, then their reconstructions from the first c' channels, a row for each c'."""
-    modes = [(m, m.training) for m in ae.modules()]
-    ae.eval()
+    n = min(n, len(data))
     x = data.get_batch(list(range(n)), list(range(n)))[0].to(device)
     z = ae.encode(x)
     shown = [x] + [ae.decode(z * channel_mask(ae.config.c, k, device)) for k in rows]
     save_grid(to_uint8(torch.cat(shown)), path, n, rows=["original"] + [f"c' = {k}" for k in rows])
-    for m, mode in modes:
-        m.training = mode
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -573,7 +568,6 @@ def parse(argv=None):
     a("--phase", type=int, choices=[1, 2, 3], default=1, help="1 full training, 2 high-resolution adaptation, 3 GAN refinement")
     a("--init", help="autoencoder to start from (run folder, file, published name); needed by phases 2 and 3")
     a("--train", choices=["phase", "all", "decoder"], default="phase", help="which tensors train; decoder leaves the encoder as it is")
-    a("--weight_decay", type=float, help="AdamW. Default: the phase's")
     a("--lpips", type=float, help="weight of LPIPS-VGG. Default: 1 [ours]; 0 with built-in images")
     a("--gan", type=float, help="weight of the PatchGAN hinge loss. Default: 0.1 in phase 3 [ours], else 0")
     a("--disc_warmup", type=int, default=1000, help="steps that the discriminator trains alone before its loss counts [ours]")
@@ -629,6 +623,7 @@ def main(argv=None):
         raise InputError(f"--image_size {' '.join(map(str, sizes))}: several sizes only with --eval_only")
     _, _, lr, betas, weight_decay, gan = PHASES[args.phase]
     args.lr = lr if args.lr is None else args.lr
+    args.betas = tuple(args.betas or betas)
     args.weight_decay = weight_decay if args.weight_decay is None else args.weight_decay
     args.gan = gan if args.gan is None else args.gan
     if args.gan and sizes[0] < 24:
@@ -674,6 +669,7 @@ def main(argv=None):
 
     if args.eval_only:
         metrics, results = optional_metrics(args, ranks, ranks.device), {}
+        ae.eval()
         for size in sizes:
             held_out = open_images(args.val or args.data or "toy", size, train=False, seed=args.seed)
             results[size] = evaluate(ae, held_out, rows, args.eval_num if args.eval_num or not builtin else 2048,
@@ -690,7 +686,7 @@ def main(argv=None):
 
     select_trainable(ae, args.phase, args.train)
     params = [p for p in ae.parameters() if p.requires_grad]
-    opt = adamw(params, args.lr, betas, args.weight_decay)
+    opt = adamw(params, args.lr, args.betas, args.weight_decay)
     disc = PatchGAN().to(ranks.device) if args.gan else None
     disc_opt = adamw(disc.parameters(), args.lr, (0.5, 0.9), 0.0) if args.gan else None
     perceptual = LPIPS("vgg").to(ranks.device) if args.lpips else None
@@ -708,7 +704,7 @@ def main(argv=None):
         """One optimiser step; `next_batch` gives micro-batches. Returns device scalars for the log."""
         nonlocal z_square
         for o in filter(None, (opt, disc_opt)):
-            o.param_groups[0]["lr"] = warm_up(step, args.lr, args.warmup)
+            o.param_groups[0]["lr"] = learning_rate(step, args)
         c_prime = draw_channels(args.channels, args.seed, step)
         mask = channel_mask(config.c, c_prime, ranks.device)
         saved = [b.clone() for b in buffers]
@@ -791,25 +787,31 @@ def main(argv=None):
     metrics = optional_metrics(args, ranks, ranks.device) if args.eval_every and not builtin else {}
 
     def assess(step):
+        modes = [(m, m.training) for m in ae.modules()]
+        ae.eval()
         table = evaluate(ae, held_out, rows, args.eval_num or 1024, max(1, args.batch_size // ranks.size), ranks, metrics)
         if ranks.first:
             picture(ae, held_out, rows, ranks.device, f"{args.out}/recon_{step:07d}.png")
             with open(f"{args.out}/eval.jsonl", "a") as f:
                 f.write(json.dumps({"step": step, "table": table}) + "\n")
         ranks.say(f"step {step}: " + show_table(table, sizes[0], metrics))
+        for m, mode in modes:
+            m.training = mode
         return table
 
     before = assess(first) if args.eval_every and args.phase == 3 else None
     stream = batches(data, args, ranks, first)
     for step in run.steps(first):
         logs, c_prime = train_step(step, lambda: run.next(stream))
-        run.log(step, guard, logs, lr=warm_up(step, args.lr, args.warmup), c_prime=c_prime)
-        done = step + 1
-        if done % args.save_every == 0 or done == args.steps or run.stop:
-            z_square = save(done).to(ranks.device)
-        if args.eval_every and (done % args.eval_every == 0 or done == args.steps) and not run.stop:
+        run.log(step, guard, logs, lr=learning_rate(step, args), c_prime=c_prime)
+        done, stop = step + 1, run.stop                                   # read once: a signal may come at any line
+        if done % args.save_every == 0 or done == args.steps or stop:
+            z_square = save(done)
+        if stop:
+            break
+        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             after = assess(done)
-    if run.stop:
+    if stop:
         ranks.say(f"stopped by a signal; {args.out}/ckpt.pt holds step {done}; the same command goes on")
     elif before:
         ranks.say("phase 3, before -> after, PSNR per c': "

@@ -32,10 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import diffusion
+import fid
 from ae import InputError, fingerprint, open_autoencoder, open_images, parse_channels, save_grid, to_uint8
 from sample import generate
 from train_ae import (Guard, Run, adamw, autocast, batches, bench, commit, cost, draw_channels, estimate, eval_channels,
-                      fill_machine_flags, parse_flags, start_ranks, training_flags, warm_up)
+                      fill_machine_flags, learning_rate, parse_flags, start_ranks, training_flags)
 
 RECIPES = {  # family: lr, weight decay, betas, warm-up steps [DC-Gen projects/DC-AE.md @cae2205, batch 1024]
     "DiT": (2e-4, 0.0, (0.9, 0.999), 0),
@@ -44,8 +45,9 @@ RECIPES = {  # family: lr, weight decay, betas, warm-up steps [DC-Gen projects/D
     "USiT": (1e-4, 0.0, (0.99, 0.99), 5000),
 }
 WARMUP_START = 6.4e-6       # first learning rate of the warm-up [DC-Gen]
-TOY = dict(ae="out/toy-ae", model="USiT-T", max_images=8192, batch_size=64, steps=2000, lr=1e-3, warmup=100, ema=0.995, ema_warmup=100,
-           channels="4,8,16,32", save_every=500, eval_every=500, out="out/toy-diffusion")
+TOY = dict(ae="out/toy-ae", model="SiT-T", max_images=8192, batch_size=32, steps=5000, lr=2e-3, betas=(0.9, 0.99), warmup=100,
+           cooldown=4000, ema=0.995, ema_warmup=100, channels="4,8,16,32", save_every=1000, eval_every=2500, log_every=25,
+           out="out/toy-diffusion")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The latent cache
@@ -179,12 +181,15 @@ def parse(argv=None):
     a("--heads", type=int, help="overrides the model's heads")
     a("--ema", type=float, default=0.9999, help="decay of the weight average that samples are drawn from")
     a("--ema_warmup", type=float, default=2000.0, help="time constant in steps over which that decay sets in")
-    a("--weight_decay", type=float, help="AdamW. Default: the family's recipe")
     a("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null label")
     a("--fsdp", action="store_true", help="shard weights, moments and average over ranks (FSDP2) instead of copying them (DDP)")
     a("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more work")
     a("--cache", help="folder of cached latents. Default: in the autoencoder's run folder, or under out/")
     a("--max_images", type=int, help="use the first N images only; built-in images: 50,000")
+    a("--fid", metavar="REFERENCE", help="with every preview, score samples against this folder or .npz (see fid.py)")
+    a("--fid_num", type=int, default=10_000, help="samples of that score, divisible by the ranks")
+    a("--inception", default="default", help="its network: default, random or a file, as in fid.py")
+    a("--features", help="its network: an exported one, as in fid.py")
     a("--c", type=int, help="latent channels of --bench and --dry_run without --ae")
     a("--size", type=int, help="latent side of --bench and --dry_run without --ae")
     return parse_flags(p, TOY, argv)
@@ -201,12 +206,15 @@ def main(argv=None):
     family = args.model.split("-")[0]
     lr, weight_decay, betas, warmup = RECIPES[family]
     args.lr = lr if args.lr is None else args.lr
+    args.betas = tuple(args.betas or betas)
     args.weight_decay = weight_decay if args.weight_decay is None else args.weight_decay
     args.warmup = warmup if args.warmup is None else args.warmup
     args.steps = args.steps or 500_000                                           # [DC-Gen projects/DC-AE.md]
     args.eval_every = 5000 if args.eval_every is None else args.eval_every
     fill_machine_flags(args, ranks, batch_per_cuda_rank=128)                     # 8 GPUs: 1024 [paper Sec. 4.1]
 
+    if args.fid_num % ranks.size:
+        raise InputError(f"--fid_num {args.fid_num}: not divisible by {ranks.size} ranks")
     free = args.bench or args.dry_run                                            # needs no autoencoder
     published = re.search(r"f(\d+)c(\d+)", args.ae or "")
     ae = None
@@ -263,7 +271,7 @@ def main(argv=None):
             block.compile()
     if args.fsdp:
         shard(net, ranks, args), shard(ema, ranks, args)
-    opt = adamw(parameter_groups(net, args.weight_decay), args.lr, betas, args.weight_decay)
+    opt = adamw(parameter_groups(net, args.weight_decay), args.lr, args.betas, args.weight_decay)
     params = [p for p in net.parameters() if p.requires_grad]
     forward = DiffusionStep(torch.compile(net) if args.compile and not args.fsdp else net)
     if ranks.size > 1 and not args.fsdp:
@@ -275,7 +283,7 @@ def main(argv=None):
     def train_step(step, next_batch):
         """One optimiser step; every random number is a function of (seed, global sample number)."""
         for group in opt.param_groups:
-            group["lr"] = warm_up(step, args.lr, args.warmup, WARMUP_START)
+            group["lr"] = learning_rate(step, args, WARMUP_START)
         c_prime = draw_channels(args.channels, args.seed, step)
         logs = {}
         for micro in range(args.accumulate):
@@ -364,16 +372,41 @@ def main(argv=None):
             img = torch.cat([to_uint8(ae.decode(part / scale)) for part in z.split(8)])
             save_grid(img, f"{args.out}/samples_{step:07d}.png", min(10, num_classes or 10))
 
+    @torch.no_grad()
+    def score(step):
+        """--fid: samples of the averaged weights against a reference, straight from the sampler; appended to fid.jsonl."""
+        nonlocal reference
+        labels = torch.randint(max(1, num_classes), (args.fid_num,), generator=torch.Generator().manual_seed(0))
+        how = {"solver": "heun"} if args.fsdp and net.objective == "flow" else {}      # FSDP: all ranks take the same steps
+
+        def pictures():
+            for index in torch.arange(ranks.rank, args.fid_num, ranks.size).split(50):
+                z = generate(ema, labels[index], index=index, seed=args.seed, **how)
+                yield to_uint8(ae.decode(z / scale))
+        if isinstance(reference, str):
+            size = None if reference.endswith(".npz") else args.image_size
+            reference = fid.measure(fid.open_side(reference, args.fid_num if reference == "toy" else None, size), extractor)
+        result = {"step": step, **fid.score(pictures(), reference, extractor, allow_small=True, total=args.fid_num)}
+        if ranks.first:
+            with open(f"{args.out}/fid.jsonl", "a") as f:
+                f.write(json.dumps(result) + "\n")
+        ranks.say(f"step {step}: {result['name']} {result['fid']:.3f}")
+
+    reference, extractor = args.fid, fid.load_extractor(args.inception, args.features, ranks.device) if args.fid else None
     stream = batches(latents, args, ranks, first)
     for step in run.steps(first):
         logs, c_prime = train_step(step, lambda: run.next(stream))
-        run.log(step, guard, logs, lr=warm_up(step, args.lr, args.warmup, WARMUP_START), c_prime=c_prime)
-        done = step + 1
-        if done % args.save_every == 0 or done == args.steps or run.stop:
+        run.log(step, guard, logs, lr=learning_rate(step, args, WARMUP_START), c_prime=c_prime)
+        done, stop = step + 1, run.stop                                   # read once: a signal may come at any line
+        if done % args.save_every == 0 or done == args.steps or stop:
             save(done)
-        if args.eval_every and (done % args.eval_every == 0 or done == args.steps) and not run.stop:
+        if stop:
+            break
+        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             preview(done)
-    if run.stop:
+            if args.fid:
+                score(done)
+    if stop:
         ranks.say(f"stopped by a signal; {args.out}/ckpt.pt holds step {done}; the same command goes on")
 
 

@@ -128,12 +128,12 @@ def test_golden_forward_with_its_own_position_embedding(family):
 
 
 def test_position_embedding_fingerprint():
-    p = build("DiT-T", c=4, size=8).pos_embed[0]                                # token = row * 8 + column, width 192
+    p = build("DiT-T", c=4, size=8, hidden=192, heads=3).pos_embed[0]                                # token = row * 8 + column, width 192
     assert p[1, [0, 1, 48, 96, 144]].tolist() == pytest.approx([0.8414709568, 0.7348219752, 0.5403022766, 0, 1])
     assert p[8, [0, 1, 48, 96, 144]].tolist() == pytest.approx([0, 0, 1, 0.8414709568, 0.5403022766])
     assert p[27, :4].tolist() == pytest.approx([0.1411200017, 0.6173582077, 0.8901692033, 0.9932531714])
     assert p.double().sum().item() == pytest.approx(5979.796476608259, rel=1e-9)
-    wide = build("DiT-T", c=4, size=(4, 8)).pos_embed[0]
+    wide = build("DiT-T", c=4, size=(4, 8), hidden=192, heads=3).pos_embed[0]
     assert torch.equal(wide, p[:32])                                            # the upper half of the square
 
 

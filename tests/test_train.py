@@ -16,7 +16,7 @@ from PIL import Image
 import train_ae
 import train_diffusion
 from ae import DCAE, AEConfig, InputError, channel_mask
-from train_ae import LPIPS, Guard, PatchGAN, Ranks, Stream, adamw, draw_channels, rank_samples, select_trainable, warm_up
+from train_ae import LPIPS, Guard, PatchGAN, Ranks, Stream, adamw, draw_channels, learning_rate, rank_samples, select_trainable
 
 ROOT = Path(__file__).resolve().parent.parent
 AE = ["--f", "4", "--c", "8", "--widths", "16,16,32", "--depths", "0,1,1", "--image_size", "16", "--channels", "2,4,8", "--batch_size", "4",
@@ -84,7 +84,10 @@ def toy_ae(tmp_path_factory):
 def test_learning_rate_is_the_official_warm_up():
     # facts/golden.json misc: ConstantLRwithWarmup, base 2e-4, warmup_lr 6.4e-6, 5000 steps
     for step, lr in ((0, 6.43872e-06), (1, 6.47744e-06), (2499, 1.0320e-4), (4998, 1.9996128e-4), (4999, 2e-4), (5001, 2e-4)):
-        assert warm_up(step, 2e-4, 5000, 6.4e-6) == pytest.approx(lr, rel=1e-9)
+        class args: lr, warmup, cooldown, steps = 2e-4, 5000, 0, 500_000
+        assert learning_rate(step, args, 6.4e-6) == pytest.approx(lr, rel=1e-9)
+    args.cooldown = 1000
+    assert [learning_rate(s, args) for s in (498_999, 499_500, 499_999)] == pytest.approx([2e-4, 1e-4, 2e-7])
 
 
 def test_ema_is_the_official_decay():
@@ -351,16 +354,44 @@ def test_phase_3_reports_before_and_after(tmp_path, toy_ae, capsys):
 
 # --- evaluation and commands -------------------------------------------------------------------------------------------
 
-def test_eval_only_gives_a_row_per_c_prime(tmp_path, toy_ae):
+def exported_features(path):
+    """A tiny feature network for --features: colour moments."""
     class Features(torch.nn.Module):
         def forward(self, img):                                  # uint8 (B,H,W,3) -> (B,6)
             img = img.float() / 255
             return torch.cat([img.mean((1, 2)), img.square().mean((1, 2))], 1)
     size = {0: torch.export.Dim("b", min=1), 1: torch.export.Dim("h"), 2: torch.export.Dim("w")}
-    export = torch.export.export(Features(), (torch.zeros(2, 16, 16, 3, dtype=torch.uint8),), dynamic_shapes=(size,))
-    torch.export.save(export, tmp_path / "features.pt2")
+    torch.export.save(torch.export.export(Features(), (torch.zeros(2, 16, 16, 3, dtype=torch.uint8),), dynamic_shapes=(size,)), path)
+    return str(path)
+
+
+def test_periodic_score_of_samples(tmp_path, toy_ae):
+    train_diffusion.main([*DIT, "--eval_every", "2", "--steps", "2", "--ae", str(toy_ae), "--cache", str(tmp_path / "c"), "--model", "SiT-T",
+                          "--fid", "toy", "--fid_num", "60", "--features", exported_features(tmp_path / "f.pt2"), "--out", str(tmp_path / "d")])
+    line = json.loads(open(tmp_path / "d" / "fid.jsonl").readline())
+    assert line["step"] == 2 and line["n"] == 60 and line["fid"] > 0 and (tmp_path / "d" / "samples_0000002.png").exists()
+
+
+def test_autoencoder_kl_of_diffusers_stands_in(tmp_path):
+    """The paper's Table 4 baselines: an f8 autoencoder, patch 2."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    kl = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4, scaling_factor=0.18215,
+                                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    kl.save_pretrained(tmp_path / "kl")
+    train_diffusion.main(["--ae", str(tmp_path / "kl"), "--model", "DiT-T", "--depth", "1", "--patch", "2", "--image_size", "32", "--max_images", "16", "--no-augment",
+                          "--batch_size", "4", "--steps", "2", "--eval_every", "0", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "d")])
+    c = ckpt(tmp_path / "d")
+    assert c["scale"] == 0.18215 and c["config"]["patch"] == 2 and c["config"]["c"] == 4 and c["config"]["size"] == 4
+    import sample
+    sample.main(["--ckpt", str(tmp_path / "d"), "--n", "2", "--steps", "2", "--solver", "ddpm", "--out", str(tmp_path / "s")])
+    with np.load(tmp_path / "s" / "samples.npz") as f:
+        assert f["arr_0"].shape == (2, 32, 32, 3)
+
+
+def test_eval_only_gives_a_row_per_c_prime(tmp_path, toy_ae):
     results = train_ae.main(["--eval_only", "--init", str(toy_ae), "--image_size", "16", "32", "--channels", "2,4,8", "--eval_num", "300",
-                             "--batch_size", "100", "--features", str(tmp_path / "features.pt2"), "--out", str(tmp_path)])
+                             "--batch_size", "100", "--features", exported_features(tmp_path / "f.pt2"), "--out", str(tmp_path)])
     assert set(results) == {16, 32} and [r["c_prime"] for r in results[16]] == [2, 4, 8]
     assert all(0 < r["psnr"] < 60 and -1 < r["ssim"] < 1 and r["rfid"] > 0 and r["n"] == 300 for r in results[16])
     assert (tmp_path / "eval_16.png").exists() and json.load(open(tmp_path / "eval.json"))["results"]["32"][0]["psnr"] == results[32][0]["psnr"]
