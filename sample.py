@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -317,7 +318,7 @@ def main(argv=None):
         return
     barrier = dist.barrier if world > 1 else lambda: None
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "samples.part.npy"                                                  # one file for all ranks, nothing gathered in memory
     if rank == 0:

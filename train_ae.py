@@ -27,6 +27,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import fid
-from ae import (DCAE, AEConfig, InputError, channel_mask, open_images, parse_channels, read_checkpoint, save_grid,
+from ae import (DCAE, AEConfig, InputError, ToyImages, channel_mask, open_images, parse_channels, read_checkpoint, save_grid,
                 to_uint8)
 
 PHASES = {  # phase: trainable tensors (regular expression), default resolution, lr, AdamW betas, weight decay, GAN weight
@@ -85,9 +86,10 @@ def start_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     elif "OMP_NUM_THREADS" not in os.environ or size > 1:        # torchrun sets 1 thread for every rank
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))      # ranks wait while one decodes or draws
     return Ranks(rank, size, device)
 
 
@@ -117,6 +119,7 @@ def training_flags(description, toy):
     a("--workers", type=int, help="data loader processes per rank. Default: CPU 0, CUDA 8")
     a("--bench", action="store_true", help="time the real training step on random inputs; one JSON line, no files")
     a("--dry_run", action="store_true", help="print model, cost and memory; no data, no GPU; one JSON line last")
+    a("--fsdp", action="store_true", help="shard weights, moments and average over ranks (FSDP2) instead of copying them (DDP)")
     a("--gpus", type=int, default=8, help="of --dry_run: GPUs for the days")
     a("--tflops", type=float, default=300.0, help="of --dry_run: sustained TFLOP/s per GPU for the days")
     return p
@@ -178,12 +181,18 @@ def as_is(batch):
     return batch
 
 
+def ignore_signals(worker):
+    """torchrun and Slurm signal whole process groups: the trainer alone decides when to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def batches(data, args, ranks, first):
     """Yields (x, y) micro-batches on the device from step `first` on, read ahead in pinned memory."""
     order = (samples for step in range(first, args.steps) for samples in rank_samples(step, args, ranks))
     loader = DataLoader(Stream(data, args.seed), batch_sampler=order, collate_fn=as_is,
                         num_workers=args.workers, pin_memory=ranks.device.type == "cuda",
-                        prefetch_factor=4 if args.workers else None)
+                        prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals)
     for x, y in loader:
         yield x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)
 
@@ -252,7 +261,8 @@ class Run:
         for name, value in same.items():
             if ckpt.get(name) != value:
                 raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; use the same flags or another --out"[:199])
-        changed = [k for k in ("data", "batch_size", "lr", "seed") if ckpt["args"].get(k) != getattr(self.args, k)]
+        changed = [k for k in ("data", "batch_size", "lr", "betas", "weight_decay", "clip", "seed", "lpips", "gan",
+                                "label_dropout", "ema") if ckpt["args"].get(k) != getattr(self.args, k, None)]
         self.ranks.say(f"resuming {path} at step {ckpt['step']}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
         return ckpt
 
@@ -290,9 +300,9 @@ class Run:
     def log(self, step, guard, sums, **facts):
         """Add device scalars to running sums; every --log_every steps average over steps and ranks, print, append.
         `sums` maps name -> (sum, weight) or scalar; entries of weight 0 are left out of the line."""
+        scalar = lambda v: v.float() if torch.is_tensor(v) else torch.full((), float(v), device=self.ranks.device)   # no host sync
         for name, value in sums.items():
-            value = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.ranks.device)
-                                 for v in (value if isinstance(value, tuple) else (value, 1.0))]).detach()
+            value = torch.stack([scalar(v) for v in (value if isinstance(value, tuple) else (value, 1.0))]).detach()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         done = step + 1
         if done % self.args.log_every and done not in (self.first + 1, self.args.steps):
@@ -351,7 +361,8 @@ def estimate(args, ranks, name, parameters, trainable, macs, activation_bytes, c
     `copies` says how many fp32 copies of all weights there are besides gradient and moments. Days at 3 x forward cost."""
     micro = args.batch_size // (ranks.size * args.accumulate)
     scale = 0.5 if args.dtype == "bf16" else 1.0
-    memory = 4 * (copies * parameters + 3 * trainable) + scale * 4 * (parameters if scale < 1 else 0) + scale * activation_bytes * micro
+    state = 4 * (copies * parameters + 3 * trainable) / (ranks.size if args.fsdp else 1)        # --fsdp: a shard each
+    memory = state + (2 * parameters if scale < 1 else 0) + scale * activation_bytes * micro
     flops = 3 * 2 * macs * args.batch_size * args.steps             # backward = 2 x forward
     return {"model": name, "parameters": parameters, "trainable": trainable, "forward_gmacs": round(macs / 1e9, 4),
             "memory_gib_per_rank": round(memory / 2**30, 3), "batch_size": args.batch_size, "steps": args.steps,
@@ -494,11 +505,17 @@ def optional_metrics(args, ranks, device):
     return found
 
 
+def spread(data, num=None):
+    """`num` image numbers over all class folders; of the built-in images, whose classes take turns, the first ones."""
+    num = min(num or len(data), len(data))
+    return list(range(num)) if isinstance(data, ToyImages) else [i * len(data) // num for i in range(num)]
+
+
 @torch.no_grad()
 def evaluate(ae, data, rows, num, batch_size, ranks, metrics):
     """PSNR and SSIM on uint8 (data range 255), LPIPS and rFID where at hand: a list of dicts, one for each c' of rows.
     Ranks share the images; pictures are taken through the ADM crop, in eval mode and fp32."""
-    device, indices = ranks.device, list(range(min(num or len(data), len(data))))
+    device, indices = ranks.device, spread(data, num)
     sums = torch.zeros(len(rows), 4, dtype=torch.float64, device=device)                # psnr, ssim, lpips, n
     real, fake = fid.Moments(), {k: fid.Moments() for k in rows}
     mine = indices[ranks.rank::ranks.size]
@@ -541,11 +558,11 @@ def show_table(table, size, metrics):
 @torch.no_grad()
 def picture(ae, data, rows, device, path, n=8):
     """PNG: originals, then their reconstructions from the first c' channels, a row for each c'."""
-    n = min(n, len(data))
-    x = data.get_batch(list(range(n)), list(range(n)))[0].to(device)
+    indices = spread(data, n)
+    x = data.get_batch(indices, indices)[0].to(device)
     z = ae.encode(x)
     shown = [x] + [ae.decode(z * channel_mask(ae.config.c, k, device)) for k in rows]
-    save_grid(to_uint8(torch.cat(shown)), path, n, rows=["original"] + [f"c' = {k}" for k in rows])
+    save_grid(to_uint8(torch.cat(shown)), path, len(indices), rows=["original"] + [f"c' = {k}" for k in rows])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -609,7 +626,9 @@ def main(argv=None):
     args = parse(argv)
     ranks = start_ranks()
     builtin = args.data in (None, "toy")
-    if not builtin and not os.path.isdir(args.data):
+    if args.fsdp:
+        raise InputError("--fsdp: the autoencoder trains under DDP (it fits one GPU); leave the flag out")
+    if not builtin and not args.dry_run and not os.path.isdir(args.data):
         raise InputError(f"--data {args.data}: no such folder")
     config, ae = configure(args)
     name = f"DC-AE-{config.version}-f{config.f}c{config.c}"
@@ -632,6 +651,8 @@ def main(argv=None):
     args.warmup = 1000 if args.warmup is None else args.warmup                   # [ours]
     args.steps = args.steps or 200_000                                           # [ours]
     args.eval_every = 5000 if args.eval_every is None else args.eval_every
+    if args.eval_only and args.out is None and os.path.isdir(args.init or ""):
+        args.out = args.init
     args.out = args.out or (f"out/dc-ae-{config.version}-f{config.f}c{config.c}" + (f"-w{args.width}" if args.width not in (None, 128) else "")
                             + ("" if masks else "-plain") + (f"-phase{args.phase}" if args.phase > 1 else "")
                             + (f"-{args.train}" if args.train != "phase" else ""))
@@ -697,7 +718,7 @@ def main(argv=None):
         forward = torch.compile(forward)
     if ranks.size > 1:
         forward = DistributedDataParallel(forward, broadcast_buffers=False, find_unused_parameters=False)
-    guard = Guard(ranks.device)
+    guard, disc_guard = Guard(ranks.device), Guard(ranks.device)
     buffers = [b for b in ae.buffers() if b.is_floating_point()]          # BatchNorm statistics
 
     def train_step(step, next_batch):
@@ -742,7 +763,7 @@ def main(argv=None):
         if disc:
             for p in disc.parameters():
                 ranks.mean(p.grad)
-            guard.step(disc_opt, list(disc.parameters()), args.clip)
+            disc_guard.step(disc_opt, list(disc.parameters()), args.clip)
         for b, old in zip(buffers, saved):                                # a skipped step leaves no trace
             b.copy_(torch.where(taken > 0, b, old))
         if any(p.requires_grad for p in ae.encoder.parameters()):
@@ -765,6 +786,8 @@ def main(argv=None):
     if ckpt := run.resume("ae", **kept):
         ae.load_state_dict(ckpt["model"])
         opt.load_state_dict(ckpt["optimizer"])
+        if disc and not ckpt["disc"]:
+            raise InputError(f"--gan: the run in {args.out} has no discriminator; name it by --init, and another --out")
         if disc:
             disc.load_state_dict(ckpt["disc"])
             disc_opt.load_state_dict(ckpt["disc_optimizer"])

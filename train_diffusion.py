@@ -36,7 +36,7 @@ import fid
 from ae import InputError, fingerprint, open_autoencoder, open_images, parse_channels, save_grid, to_uint8
 from sample import generate
 from train_ae import (Guard, Run, adamw, autocast, batches, bench, commit, cost, draw_channels, estimate, eval_channels,
-                      fill_machine_flags, learning_rate, parse_flags, start_ranks, training_flags)
+                      fill_machine_flags, learning_rate, parse_flags, spread, start_ranks, training_flags)
 
 RECIPES = {  # family: lr, weight decay, betas, warm-up steps [DC-Gen projects/DC-AE.md @cae2205, batch 1024]
     "DiT": (2e-4, 0.0, (0.9, 0.999), 0),
@@ -45,7 +45,7 @@ RECIPES = {  # family: lr, weight decay, betas, warm-up steps [DC-Gen projects/D
     "USiT": (1e-4, 0.0, (0.99, 0.99), 5000),
 }
 WARMUP_START = 6.4e-6       # first learning rate of the warm-up [DC-Gen]
-TOY = dict(ae="out/toy-ae", model="SiT-T", max_images=8192, batch_size=32, steps=5000, lr=2e-3, betas=(0.9, 0.99), warmup=100,
+TOY = dict(ae="out/toy-ae", model="SiT-T", max_images=8192, batch_size=32, steps=5000, lr=2e-3, betas=(0.9, 0.99), clip=1.0, warmup=100,
            cooldown=4000, ema=0.995, ema_warmup=100, channels="4,8,16,32", save_every=1000, eval_every=2500, log_every=25,
            out="out/toy-diffusion")
 
@@ -82,7 +82,8 @@ def cache_latents(folder, ae, ae_hash, data_name, image_size, num, batch_size, r
     Finished chunks are marked, so that a killed run goes on; a manifest that disagrees is an error."""
     builtin = data_name in (None, "toy")
     data = open_images(data_name or "toy", image_size, train=builtin)          # built-in: pictures that no evaluation shows
-    n = min(num or len(data), len(data))
+    numbers = spread(data, num)
+    n = len(numbers)
     manifest = {"ae_hash": ae_hash, "data": "toy" if builtin else os.path.abspath(data_name), "crop": "adm",
                 "image_size": image_size, "count": n, "shape": [ae.config.c, image_size // ae.config.f, image_size // ae.config.f],
                 "scale": ae.scale, "num_classes": data.num_classes, "classes": list(data.classes)}
@@ -108,7 +109,8 @@ def cache_latents(folder, ae, ae_hash, data_name, image_size, num, batch_size, r
         for k in todo:
             for i in range(k * chunk, min(n, (k + 1) * chunk), batch_size):
                 rows = list(range(i, min(i + batch_size, (k + 1) * chunk, n)))
-                x, y = data.get_batch(rows, rows)
+                chosen = [numbers[r] for r in rows]
+                x, y = data.get_batch(chosen, chosen)
                 with autocast(args, ranks):
                     for mirrored in (0, 1):
                         z = ae.encode((x.flip(3) if mirrored else x).to(ranks.device))            # (b,c,h,w)
@@ -182,7 +184,6 @@ def parse(argv=None):
     a("--ema", type=float, default=0.9999, help="decay of the weight average that samples are drawn from")
     a("--ema_warmup", type=float, default=2000.0, help="time constant in steps over which that decay sets in")
     a("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null label")
-    a("--fsdp", action="store_true", help="shard weights, moments and average over ranks (FSDP2) instead of copying them (DDP)")
     a("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more work")
     a("--cache", help="folder of cached latents. Default: in the autoencoder's run folder, or under out/")
     a("--max_images", type=int, help="use the first N images only; built-in images: 50,000")
@@ -192,6 +193,7 @@ def parse(argv=None):
     a("--features", help="its network: an exported one, as in fid.py")
     a("--c", type=int, help="latent channels of --bench and --dry_run without --ae")
     a("--size", type=int, help="latent side of --bench and --dry_run without --ae")
+    p.set_defaults(clip=0.0)                                                     # official: no clipping [DC-Gen]
     return parse_flags(p, TOY, argv)
 
 
@@ -201,7 +203,7 @@ def main(argv=None):
     if args.model not in diffusion.MODELS:
         raise InputError(f"--model {args.model}: unknown; one of {', '.join(diffusion.MODELS)}"[:199])
     builtin = args.data in (None, "toy")
-    if not builtin and not os.path.isdir(args.data):
+    if not builtin and not args.dry_run and not os.path.isdir(args.data):
         raise InputError(f"--data {args.data}: no such folder")
     family = args.model.split("-")[0]
     lr, weight_decay, betas, warmup = RECIPES[family]
@@ -213,7 +215,7 @@ def main(argv=None):
     args.eval_every = 5000 if args.eval_every is None else args.eval_every
     fill_machine_flags(args, ranks, batch_per_cuda_rank=128)                     # 8 GPUs: 1024 [paper Sec. 4.1]
 
-    if args.fid_num % ranks.size:
+    if args.fid and args.fid_num % ranks.size:
         raise InputError(f"--fid_num {args.fid_num}: not divisible by {ranks.size} ranks")
     free = args.bench or args.dry_run                                            # needs no autoencoder
     published = re.search(r"f(\d+)c(\d+)", args.ae or "")
@@ -257,6 +259,7 @@ def main(argv=None):
     if args.dry_run:
         z, t = torch.empty(1, c, size, size, device="meta"), torch.empty(1, device="meta")
         y = torch.empty(1, dtype=torch.long, device="meta")
+        shadow.checkpointing = args.checkpointing
         _, activations = cost(lambda z, t: shadow(z, t, y).square().mean(), (z, t), shadow.parameters())
         line = estimate(args, ranks, args.model, parameters, sum(p.numel() for p in shadow.parameters() if p.requires_grad), macs, activations, copies=2)
         print(json.dumps(line)) if ranks.first else None
@@ -269,6 +272,8 @@ def main(argv=None):
     if args.compile and args.fsdp:
         for block in net.layers():
             block.compile()
+    if args.fsdp and not dist.is_initialized():                                  # one process without torchrun
+        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     if args.fsdp:
         shard(net, ranks, args), shard(ema, ranks, args)
     opt = adamw(parameter_groups(net, args.weight_decay), args.lr, args.betas, args.weight_decay)
@@ -350,8 +355,11 @@ def main(argv=None):
             ranks.say(f"{args.out} already holds step {first}; a larger --steps goes on")
             return
 
+    saved = first
+
     def save(step):
         """One file that sample.py reads; with --fsdp the train state goes first, sharded, to shards_<step>/ beside it."""
+        nonlocal saved
         model, average, optimizer = net.state_dict(), ema.state_dict(), opt.state_dict()
         if args.fsdp:
             dcp.save(train_state(), checkpoint_id=f"{args.out}/shards_{step:07d}")
@@ -361,8 +369,9 @@ def main(argv=None):
                   "scale": scale, "ae": os.path.abspath(args.ae) if os.path.exists(args.ae) else args.ae, "classes": latents.manifest["classes"],
                   "skipped": int(guard.skipped), "args": vars(args), "commit": commit(), "torch": str(torch.__version__)})
         if args.fsdp and ranks.first:
-            for old in sorted(glob.glob(f"{args.out}/shards_*"))[:-2]:                   # as many as ckpt.pt and ckpt_prev.pt
+            for old in set(glob.glob(f"{args.out}/shards_*")) - {f"{args.out}/shards_{s:07d}" for s in (saved, step)}:
                 shutil.rmtree(old)
+        saved = step
 
     def preview(step):
         """PNG at fixed seeds and classes, from the averaged weights: convergence by eye."""
@@ -385,8 +394,9 @@ def main(argv=None):
                 yield to_uint8(ae.decode(z / scale))
         if isinstance(reference, str):
             size = None if reference.endswith(".npz") else args.image_size
-            reference = fid.measure(fid.open_side(reference, args.fid_num if reference == "toy" else None, size), extractor)
-        result = {"step": step, **fid.score(pictures(), reference, extractor, allow_small=True, total=args.fid_num)}
+            reference = fid.measure(fid.open_side(reference, args.fid_num if reference == "toy" else None, size), extractor, ("fid", "is"),
+                                    workers=args.workers)
+        result = {"step": step, **fid.score(pictures(), reference, extractor, ("fid", "is"), allow_small=True, total=args.fid_num)}
         if ranks.first:
             with open(f"{args.out}/fid.jsonl", "a") as f:
                 f.write(json.dumps(result) + "\n")

@@ -56,7 +56,7 @@ def test_quick_start_on_tiny_settings(tmp_path):
         folder = tmp_path / "photos" / "ab"[k % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (80, 90, 3), dtype=np.uint8)).save(folder / f"{k}.png")
-    part = README[README.index("## Quick start"):README.index("## The two ideas")]
+    part = README[README.index("## Quick start"):README.index("## Real images")]
     lines = [line.split("  #")[0] for block in re.findall(r"```\w*\n(.*?)```", part, re.S) for line in block.splitlines()]
     assert len(lines) == 8
     for line in lines:

@@ -30,7 +30,8 @@ DIT = ["--depth", "2", "--hidden", "48", "--heads", "2", "--max_images", "64", "
 def command(script, *flags, ranks=1, wait=True, **env):
     line = [sys.executable] + ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] * (ranks > 1)
     p = subprocess.Popen([*line, str(ROOT / script), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         env={**os.environ, **env}, cwd=env.get("cwd", ROOT))
+                         env={**os.environ, **env}, cwd=env.get("cwd", ROOT),
+                         start_new_session=True)
     if not wait:
         return p
     out, err = p.communicate(timeout=300)
@@ -179,7 +180,7 @@ def test_diffusion_resumes_bit_for_bit(tmp_path, toy_ae, model):
 
 
 def test_kill_9_and_sigterm(tmp_path):
-    flags = [*AE, "--steps", "1000", "--save_every", "5"]
+    flags = [*AE, "--steps", "1000", "--save_every", "5", "--workers", "2"]
     p = command("train_ae.py", *flags, "--out", tmp_path / "a", wait=False)
     while not (tmp_path / "a" / "ckpt_prev.pt").exists() and p.poll() is None:
         time.sleep(0.05)
@@ -189,7 +190,7 @@ def test_kill_9_and_sigterm(tmp_path):
     p = command("train_ae.py", *flags, "--out", tmp_path / "a", wait=False)
     while ckpt(tmp_path / "a")["step"] == step and p.poll() is None:
         time.sleep(0.05)
-    p.send_signal(signal.SIGTERM)
+    os.killpg(p.pid, signal.SIGTERM)                              # as torchrun and Slurm do: loader workers get it too
     out, err = p.communicate(timeout=60)
     assert p.returncode == 0 and "stopped by a signal" in out + err, err[-2000:]
     done = ckpt(tmp_path / "a")["step"]
