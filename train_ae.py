@@ -661,12 +661,12 @@ def main(argv=None):
     with torch.device("meta"):
         shadow = DCAE(config)
     parameters = sum(p.numel() for p in shadow.parameters())
-    trainable = select_trainable(shadow, args.phase, args.train)
     ranks.say(f"{'evaluating' if args.eval_only else 'training'} {name}, {parameters / 1e6:.1f} M parameters, phase {args.phase}, "
               f"on {'built-in toy images' if builtin else args.data}, {'/'.join(map(str, sizes))} px, global batch {args.batch_size}, c' "
               + (f"from {args.channels[0]} to {config.c} ({len(args.channels)} values)" if masks else "= c: no masks")
               + f", L1 + {args.lpips:g} LPIPS + {args.gan:g} GAN, lr {args.lr:g}, {args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
     if args.dry_run or args.bench:
+        trainable = select_trainable(shadow, args.phase, args.train)
         img = torch.empty(1, 3, sizes[0], sizes[0], device="meta")
         mask = torch.empty(1, config.c, 1, 1, device="meta")
         macs, activations = cost(lambda x, m: AutoencoderStep(shadow)(x, m)[0].abs().mean(), (img, mask), shadow.parameters())
@@ -712,7 +712,6 @@ def main(argv=None):
     disc_opt = adamw(disc.parameters(), args.lr, (0.5, 0.9), 0.0) if args.gan else None
     perceptual = LPIPS("vgg").to(ranks.device) if args.lpips else None
     z_square = torch.tensor(1 / scale**2, device=ranks.device)            # running mean of z^2; scale = 1 / its root
-    seen = 0
     forward = AutoencoderStep(ae)
     if args.compile:
         forward = torch.compile(forward)
@@ -732,8 +731,6 @@ def main(argv=None):
         logs, micro_z = {}, 0.0
         for micro in range(args.accumulate):
             img, _ = next_batch()
-            if ranks.device.type == "cuda":
-                img = img.contiguous(memory_format=torch.channels_last)
             last = micro == args.accumulate - 1
             with nullcontext() if last or ranks.size == 1 else forward.no_sync():
                 with autocast(args, ranks):

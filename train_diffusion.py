@@ -221,7 +221,7 @@ def main(argv=None):
     published = re.search(r"f(\d+)c(\d+)", args.ae or "")
     ae = None
     if free and args.c and args.size:
-        c, size, f = args.c, args.size, None
+        c, size = args.c, args.size
     elif free and published and not os.path.exists(args.ae):
         c, size = int(published[2]), (args.image_size or 512) // int(published[1])
     elif args.ae is None:

@@ -1,13 +1,11 @@
 """fid.py against its peers, closed forms, and each trap of the literature.    python -m pytest tests/test_fid.py"""
 
-import io
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
