@@ -200,7 +200,7 @@ class DiT(Denoiser):
 
     def forward(self, z_t, t, y):                                                   # (B, c, h, w), (B,), (B,)
         x = self.x_embedder.proj(z_t.to(self.pos_embed.dtype)).flatten(2).transpose(1, 2) + self.pos_embed   # (B, T, D)
-        with torch.autocast(z_t.device.type, enabled=False):                        # time stays fp32 under bf16 autocast
+        with torch.autocast("cpu" if z_t.is_meta else z_t.device.type, enabled=False):       # time stays fp32 under bf16 autocast
             emb = timestep_embedding(t, 256, torch.promote_types(self.pos_embed.dtype, torch.float32))
             cond = self.t_embedder.mlp(emb.to(self.pos_embed.dtype)) + self.y_embedder.embedding_table(y)    # (B, D)
         for block in self.blocks:

@@ -34,6 +34,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -120,7 +123,7 @@ def training_flags(description, toy):
     a("--bench", action="store_true", help="time the real training step on random inputs; one JSON line, no files")
     a("--dry_run", action="store_true", help="print model, cost and memory; no data, no GPU; one JSON line last")
     a("--fsdp", action="store_true", help="shard weights, moments and average over ranks (FSDP2) instead of copying them (DDP)")
-    a("--gpus", type=int, default=8, help="of --dry_run: GPUs for the days")
+    a("--gpus", type=int, default=8, help="of --dry_run: GPUs, for memory per rank and days")
     a("--tflops", type=float, default=300.0, help="of --dry_run: sustained TFLOP/s per GPU for the days")
     return p
 
@@ -142,6 +145,8 @@ def fill_machine_flags(args, ranks, batch_per_cuda_rank):
     args.compile = cuda if args.compile is None else args.compile
     args.log_every = args.log_every or (50 if cuda else 1)
     args.workers = (8 if cuda else 0) if args.workers is None else args.workers
+    if args.batch_size is None and args.dry_run:
+        args.batch_size = batch_per_cuda_rank * args.gpus
     if args.batch_size is None:
         args.batch_size = (batch_per_cuda_rank if cuda else 1) * ranks.size * args.accumulate
         if not cuda:
@@ -177,6 +182,20 @@ def rank_samples(step, args, ranks):
     return [list(range(start + i * b, start + (i + 1) * b)) for i in range(args.accumulate)]
 
 
+class InOrder(Dataset):
+    """Pictures of a set by number, as they stand: for evaluation and the latent cache."""
+
+    def __init__(self, data, numbers):
+        self.data, self.numbers = data, numbers
+
+    def __getitems__(self, rows):
+        numbers = [self.numbers[r] for r in rows]
+        return self.data.get_batch(numbers, numbers)                     # (b,3,H,W), (b,)
+
+    def __len__(self):
+        return len(self.numbers)
+
+
 def as_is(batch):
     return batch
 
@@ -187,13 +206,16 @@ def ignore_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def load(dataset, order, workers, device):
+    """DataLoader of ready batches, read ahead by `workers` processes into pinned memory; order: lists of item numbers."""
+    return DataLoader(dataset, batch_sampler=order, collate_fn=as_is, num_workers=workers, pin_memory=device.type == "cuda",
+                      prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
+
+
 def batches(data, args, ranks, first):
-    """Yields (x, y) micro-batches on the device from step `first` on, read ahead in pinned memory."""
+    """Yields (x, y) micro-batches on the device from step `first` on."""
     order = (samples for step in range(first, args.steps) for samples in rank_samples(step, args, ranks))
-    loader = DataLoader(Stream(data, args.seed), batch_sampler=order, collate_fn=as_is,
-                        num_workers=args.workers, pin_memory=ranks.device.type == "cuda",
-                        prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals)
-    for x, y in loader:
+    for x, y in load(Stream(data, args.seed), order, args.workers, ranks.device):
         yield x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)
 
 
@@ -231,6 +253,22 @@ class Guard:
 
 def adamw(params, lr, betas, weight_decay):
     return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def shard(net, units, ranks, args):
+    """FSDP2: every unit gathers its weights when it runs, in bf16 with --dtype bf16; gradients are reduced in fp32. On
+    several nodes shards stay within a node and gradients are averaged across nodes (hybrid sharding)."""
+    if not dist.is_initialized():                                        # one process without torchrun
+        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    shape, names = ((ranks.size // local, local), ("replicate", "shard")) if ranks.size > local else ((ranks.size,), ("shard",))
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    bf16 = torch.bfloat16 if args.dtype == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)      # t stays fp32
+    for module in (*units, net):
+        if args.compile and module is not net:
+            module.compile()
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 class Run:
@@ -344,10 +382,10 @@ def cost(loss_of_batch, inputs, parameters):
     """(forward MACs, bytes of activations kept for the backward pass) of a model on meta tensors; fp32 sizes.
     MACs are FLOPs / 2 of torch's counter, that is convolutions and matrix products only, as in facts of the papers."""
     from torch.utils.flop_counter import FlopCounterMode
-    kept, known = {}, {id(p) for p in parameters}
+    kept, weights = {}, {p.untyped_storage()._cdata for p in parameters}
 
     def pack(x):
-        if id(x) not in known and not isinstance(x, nn.Parameter):
+        if x.untyped_storage()._cdata not in weights:                    # views of weights (a transpose, say) too
             kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
     with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -356,12 +394,13 @@ def cost(loss_of_batch, inputs, parameters):
     return flops.get_total_flops() // 2, sum(kept.values())
 
 
-def estimate(args, ranks, name, parameters, trainable, macs, activation_bytes, copies):
-    """The --dry_run line. Memory per rank = 4 bytes x (weights + gradients + Adam's two moments + EMA) + activations;
-    `copies` says how many fp32 copies of all weights there are besides gradient and moments. Days at 3 x forward cost."""
-    micro = args.batch_size // (ranks.size * args.accumulate)
+def estimate(args, name, parameters, trainable, macs, activation_bytes, copies):
+    """The --dry_run line, for --gpus ranks. Memory per rank = 4 bytes x (weights + gradients + Adam's two moments + EMA) +
+    activations of a micro-batch; `copies`: fp32 copies of all weights besides gradient and moments. Days at 3 x forward cost.
+    Measured against this on a CPU: resident memory above an idle process's (README, Speed)."""
+    micro = math.ceil(args.batch_size / (args.gpus * args.accumulate))
     scale = 0.5 if args.dtype == "bf16" else 1.0
-    state = 4 * (copies * parameters + 3 * trainable) / (ranks.size if args.fsdp else 1)        # --fsdp: a shard each
+    state = 4 * (copies * parameters + 3 * trainable) / (args.gpus if args.fsdp else 1)         # --fsdp: a shard each
     memory = state + (2 * parameters if scale < 1 else 0) + scale * activation_bytes * micro
     flops = 3 * 2 * macs * args.batch_size * args.steps             # backward = 2 x forward
     return {"model": name, "parameters": parameters, "trainable": trainable, "forward_gmacs": round(macs / 1e9, 4),
@@ -512,15 +551,15 @@ def spread(data, num=None):
 
 
 @torch.no_grad()
-def evaluate(ae, data, rows, num, batch_size, ranks, metrics):
+def evaluate(ae, data, rows, num, batch_size, ranks, metrics, workers=0):
     """PSNR and SSIM on uint8 (data range 255), LPIPS and rFID where at hand: a list of dicts, one for each c' of rows.
     Ranks share the images; pictures are taken through the ADM crop, in eval mode and fp32."""
-    device, indices = ranks.device, spread(data, num)
+    device, mine = ranks.device, spread(data, num)[ranks.rank::ranks.size]
     sums = torch.zeros(len(rows), 4, dtype=torch.float64, device=device)                # psnr, ssim, lpips, n
     real, fake = fid.Moments(), {k: fid.Moments() for k in rows}
-    mine = indices[ranks.rank::ranks.size]
-    for i in tqdm(range(0, len(mine), batch_size), desc="evaluating", unit="batch", disable=not ranks.first, leave=False):
-        x = data.get_batch(mine[i:i + batch_size], mine[i:i + batch_size])[0].to(device)
+    order = [range(i, min(i + batch_size, len(mine))) for i in range(0, len(mine), batch_size)]
+    for x, _ in tqdm(load(InOrder(data, mine), order, workers, device), desc="evaluating", unit="batch", disable=not ranks.first, leave=False):
+        x = x.to(device)
         img, z = to_uint8(x), ae.encode(x)
         if "rfid" in metrics:
             real.update(metrics["rfid"](img)[0])
@@ -626,8 +665,6 @@ def main(argv=None):
     args = parse(argv)
     ranks = start_ranks()
     builtin = args.data in (None, "toy")
-    if args.fsdp:
-        raise InputError("--fsdp: the autoencoder trains under DDP (it fits one GPU); leave the flag out")
     if not builtin and not args.dry_run and not os.path.isdir(args.data):
         raise InputError(f"--data {args.data}: no such folder")
     config, ae = configure(args)
@@ -675,7 +712,7 @@ def main(argv=None):
         for n in trainable:
             ranks.say(f"  trains {n} {tuple(sizes_of[n].shape)}")
         numel = sum(sizes_of[n].numel() for n in trainable)
-        line = estimate(args, ranks, name, parameters, numel, macs, activations, copies=1)
+        line = estimate(args, name, parameters, numel, macs, activations, copies=1)
         print(json.dumps(line)) if ranks.first else None
         return line
 
@@ -685,7 +722,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     ae = (DCAE(config) if ae is None else ae).to(ranks.device)
     scale = ae.scale
-    if ranks.device.type == "cuda":
+    if ranks.device.type == "cuda" and not args.fsdp:
         ae = ae.to(memory_format=torch.channels_last)
 
     if args.eval_only:
@@ -694,7 +731,7 @@ def main(argv=None):
         for size in sizes:
             held_out = open_images(args.val or args.data or "toy", size, train=False, seed=args.seed)
             results[size] = evaluate(ae, held_out, rows, args.eval_num if args.eval_num or not builtin else 2048,
-                                     max(1, args.batch_size), ranks, metrics)
+                                     max(1, args.batch_size), ranks, metrics, args.workers)
             if ranks.first:
                 os.makedirs(args.out, exist_ok=True)
                 picture(ae, held_out, rows, ranks.device, f"{args.out}/eval_{size}.png")
@@ -706,17 +743,19 @@ def main(argv=None):
         return results
 
     select_trainable(ae, args.phase, args.train)
+    forward = AutoencoderStep(ae)
+    if args.fsdp:
+        shard(forward, [m for m in (*ae.encoder.stages, *ae.decoder.stages) if len(m)], ranks, args)
+    elif args.compile:
+        forward = torch.compile(forward)
+    if ranks.size > 1 and not args.fsdp:
+        forward = DistributedDataParallel(forward, broadcast_buffers=False, find_unused_parameters=False)
     params = [p for p in ae.parameters() if p.requires_grad]
     opt = adamw(params, args.lr, args.betas, args.weight_decay)
     disc = PatchGAN().to(ranks.device) if args.gan else None
     disc_opt = adamw(disc.parameters(), args.lr, (0.5, 0.9), 0.0) if args.gan else None
     perceptual = LPIPS("vgg").to(ranks.device) if args.lpips else None
     z_square = torch.tensor(1 / scale**2, device=ranks.device)            # running mean of z^2; scale = 1 / its root
-    forward = AutoencoderStep(ae)
-    if args.compile:
-        forward = torch.compile(forward)
-    if ranks.size > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False, find_unused_parameters=False)
     guard, disc_guard = Guard(ranks.device), Guard(ranks.device)
     buffers = [b for b in ae.buffers() if b.is_floating_point()]          # BatchNorm statistics
 
@@ -732,7 +771,9 @@ def main(argv=None):
         for micro in range(args.accumulate):
             img, _ = next_batch()
             last = micro == args.accumulate - 1
-            with nullcontext() if last or ranks.size == 1 else forward.no_sync():
+            if args.fsdp:
+                forward.set_requires_gradient_sync(last)
+            with nullcontext() if last or args.fsdp or ranks.size == 1 else forward.no_sync():
                 with autocast(args, ranks):
                     rec, z2 = forward(img, mask)
                 rec = rec.float()
@@ -780,9 +821,9 @@ def main(argv=None):
     run = Run(args, ranks)
     kept = dict(config=asdict(config), phase=args.phase, train=args.train, image_size=sizes[0], channels=args.channels)
     first = 0
+    whole = StateDictOptions(full_state_dict=args.fsdp, cpu_offload=args.fsdp)
     if ckpt := run.resume("ae", **kept):
-        ae.load_state_dict(ckpt["model"])
-        opt.load_state_dict(ckpt["optimizer"])
+        set_state_dict(ae, opt, model_state_dict=ckpt["model"], optim_state_dict=ckpt["optimizer"], options=StateDictOptions(full_state_dict=args.fsdp))
         if disc and not ckpt["disc"]:
             raise InputError(f"--gan: the run in {args.out} has no discriminator; name it by --init, and another --out")
         if disc:
@@ -797,8 +838,9 @@ def main(argv=None):
 
     def save(step):
         mean_z = ranks.mean(z_square.clone())                             # ranks saw different images
-        run.save({"kind": "ae", **kept, "model": ae.state_dict(), "scale": float(mean_z.rsqrt()), "z_square": mean_z.cpu(), "step": step,
-                  "optimizer": opt.state_dict(), "disc": disc.state_dict() if disc else None,
+        model, optimizer = get_state_dict(ae, opt, options=whole)         # whole and by name: goes on with or without --fsdp
+        run.save({"kind": "ae", **kept, "model": model, "scale": float(mean_z.rsqrt()), "z_square": mean_z.cpu(), "step": step,
+                  "optimizer": optimizer, "disc": disc.state_dict() if disc else None,
                   "disc_optimizer": disc_opt.state_dict() if disc else None, "skipped": int(guard.skipped),
                   "args": vars(args), "commit": commit(), "torch": str(torch.__version__)})
         return mean_z
@@ -807,16 +849,14 @@ def main(argv=None):
     metrics = optional_metrics(args, ranks, ranks.device) if args.eval_every and not builtin else {}
 
     def assess(step):
-        modes = [(m, m.training) for m in ae.modules()]
-        ae.eval()
-        table = evaluate(ae, held_out, rows, args.eval_num or 1024, max(1, args.batch_size // ranks.size), ranks, metrics)
+        still = DCAE(config).to(ranks.device).eval()                      # the whole network, on every rank
+        still.load_state_dict(get_model_state_dict(ae, options=StateDictOptions(full_state_dict=args.fsdp)))
+        table = evaluate(still, held_out, rows, args.eval_num or 1024, max(1, args.batch_size // ranks.size), ranks, metrics, args.workers)
         if ranks.first:
-            picture(ae, held_out, rows, ranks.device, f"{args.out}/recon_{step:07d}.png")
+            picture(still, held_out, rows, ranks.device, f"{args.out}/recon_{step:07d}.png")
             with open(f"{args.out}/eval.jsonl", "a") as f:
                 f.write(json.dumps({"step": step, "table": table}) + "\n")
         ranks.say(f"step {step}: " + show_table(table, sizes[0], metrics))
-        for m, mode in modes:
-            m.training = mode
         return table
 
     before = assess(first) if args.eval_every and args.phase == 3 else None

@@ -26,8 +26,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -35,8 +33,8 @@ import diffusion
 import fid
 from ae import InputError, fingerprint, open_autoencoder, open_images, parse_channels, save_grid, to_uint8
 from sample import generate
-from train_ae import (Guard, Run, adamw, autocast, batches, bench, commit, cost, draw_channels, estimate, eval_channels,
-                      fill_machine_flags, learning_rate, parse_flags, spread, start_ranks, training_flags)
+from train_ae import (Guard, InOrder, Run, adamw, autocast, batches, bench, commit, cost, draw_channels, estimate, eval_channels,
+                      fill_machine_flags, learning_rate, load, parse_flags, shard, spread, start_ranks, training_flags)
 
 RECIPES = {  # family: lr, weight decay, betas, warm-up steps [DC-Gen projects/DC-AE.md @cae2205, batch 1024]
     "DiT": (2e-4, 0.0, (0.9, 0.999), 0),
@@ -76,6 +74,14 @@ class Latents:
         return torch.from_numpy(self.latents[mirror, np.asarray(indices)]), torch.from_numpy(self.labels[np.asarray(indices)])
 
 
+def write_rows(path, first, values):
+    """Rows of a .npy file, by plain writes: those of several nodes never clobber a page, as memory maps would over NFS."""
+    offset = np.load(path, mmap_mode="r").offset
+    with open(path, "r+b") as f:
+        f.seek(offset + first * values[0].nbytes)
+        f.write(values.tobytes())
+
+
 @torch.no_grad()
 def cache_latents(folder, ae, ae_hash, data_name, image_size, num, batch_size, ranks, args):
     """Encode the first `num` images through the ADM crop, plain and mirrored; all ranks write, a chunk each in turn.
@@ -103,23 +109,20 @@ def cache_latents(folder, ae, ae_hash, data_name, image_size, num, batch_size, r
             json.dump(manifest, f)
         os.replace(path + ".tmp", path)
     dist.barrier() if ranks.size > 1 else None
-    latents, labels, done = (np.load(f"{folder}/{name}.npy", mmap_mode="r+") for name in ("latents", "labels", "done"))
+    done = np.load(f"{folder}/done.npy", mmap_mode="r")
     todo = [k for k in range(ranks.rank, chunks, ranks.size) if not done[k]]
-    with tqdm(total=len(todo) * chunk, desc="caching latents", unit="img", disable=not ranks.first or not todo, dynamic_ncols=True) as bar:
-        for k in todo:
-            for i in range(k * chunk, min(n, (k + 1) * chunk), batch_size):
-                rows = list(range(i, min(i + batch_size, (k + 1) * chunk, n)))
-                chosen = [numbers[r] for r in rows]
-                x, y = data.get_batch(chosen, chosen)
-                with autocast(args, ranks):
-                    for mirrored in (0, 1):
-                        z = ae.encode((x.flip(3) if mirrored else x).to(ranks.device))            # (b,c,h,w)
-                        latents[mirrored, rows[0]:rows[-1] + 1] = z.float().cpu().numpy().astype(np.float16)
-                labels[rows[0]:rows[-1] + 1] = y.numpy()
-                bar.update(len(rows))
-            latents.flush(), labels.flush()
-            done[k] = 1
-            done.flush()
+    order = [range(i, min(i + batch_size, (k + 1) * chunk, n)) for k in todo for i in range(k * chunk, min(n, (k + 1) * chunk), batch_size)]
+    with tqdm(total=sum(map(len, order)), desc="caching latents", unit="img", disable=not ranks.first or not todo, dynamic_ncols=True) as bar:
+        for rows, (x, y) in zip(order, load(InOrder(data, numbers), order, args.workers, ranks.device)):
+            x = x.to(ranks.device, non_blocking=True)
+            with autocast(args, ranks):
+                for mirrored in (0, 1):
+                    z = ae.encode(x.flip(3) if mirrored else x)                                    # (b,c,h,w)
+                    write_rows(f"{folder}/latents.npy", mirrored * n + rows[0], z.half().cpu().numpy())
+            write_rows(f"{folder}/labels.npy", rows[0], y.numpy())
+            if rows[-1] + 1 in (n, (rows[0] // chunk + 1) * chunk):
+                write_rows(f"{folder}/done.npy", rows[0] // chunk, np.ones(1, np.uint8))
+            bar.update(len(rows))
     dist.barrier() if ranks.size > 1 else None
     return Latents(folder, args.seed)
 
@@ -147,18 +150,6 @@ def ema_update(ema, net, decay, warmup, step, taken):
     local = lambda p: p.to_local() if hasattr(p, "to_local") else p                # FSDP2: each rank its own shard
     for e, p in zip(ema.parameters(), net.parameters()):
         local(e).lerp_(local(p), rate.to(e.dtype))
-
-
-def shard(net, ranks, args):
-    """FSDP2: every block is a unit, weights gathered in bf16 (with --dtype bf16), gradients reduced in fp32; on several
-    nodes shards stay within a node and gradients are averaged across nodes (hybrid sharding)."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    shape, names = ((ranks.size // local, local), ("replicate", "shard")) if ranks.size > local else ((ranks.size,), ("shard",))
-    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    bf16 = torch.bfloat16 if args.dtype == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)      # t stays fp32
-    for module in (*net.layers(), net):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def parameter_groups(net, weight_decay):
@@ -261,7 +252,7 @@ def main(argv=None):
         y = torch.empty(1, dtype=torch.long, device="meta")
         shadow.checkpointing = args.checkpointing
         _, activations = cost(lambda z, t: shadow(z, t, y).square().mean(), (z, t), shadow.parameters())
-        line = estimate(args, ranks, args.model, parameters, sum(p.numel() for p in shadow.parameters() if p.requires_grad), macs, activations, copies=2)
+        line = estimate(args, args.model, parameters, sum(p.numel() for p in shadow.parameters() if p.requires_grad), macs, activations, copies=2)
         print(json.dumps(line)) if ranks.first else None
         return line
 
@@ -269,13 +260,8 @@ def main(argv=None):
     net = diffusion.build(args.model, c=c, size=size, num_classes=num_classes, patch=args.patch, **overrides).to(ranks.device)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     net.checkpointing = args.checkpointing
-    if args.compile and args.fsdp:
-        for block in net.layers():
-            block.compile()
-    if args.fsdp and not dist.is_initialized():                                  # one process without torchrun
-        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     if args.fsdp:
-        shard(net, ranks, args), shard(ema, ranks, args)
+        shard(net, net.layers(), ranks, args), shard(ema, ema.layers(), ranks, args)
     opt = adamw(parameter_groups(net, args.weight_decay), args.lr, args.betas, args.weight_decay)
     params = [p for p in net.parameters() if p.requires_grad]
     forward = DiffusionStep(torch.compile(net) if args.compile and not args.fsdp else net)

@@ -198,15 +198,26 @@ def test_kill_9_and_sigterm(tmp_path):
     assert_same_bits(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("flags", [AE, AE_1_0], ids=["1.5", "1.0"])
-def test_two_ranks_equal_one_autoencoder(tmp_path, flags):
+@pytest.mark.parametrize("flags, accumulate", [(AE, 1), (AE, 2), (AE_1_0, 1)], ids=["1.5", "1.5 accumulated", "1.0"])
+def test_two_ranks_equal_one_autoencoder(tmp_path, flags, accumulate):
     train_ae.main([*flags, "--steps", "4", "--out", str(tmp_path / "one")])
-    run("train_ae.py", *flags, "--steps", 4, "--out", tmp_path / "two", ranks=2)
+    run("train_ae.py", *flags, "--steps", 4, "--accumulate", accumulate, "--out", tmp_path / "two", ranks=2)
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     for key in ("loss", "grad_norm"):
         assert one[0][key] == pytest.approx(two[0][key], rel=2e-6)
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-4
     assert ckpt(tmp_path / "one")["scale"] == pytest.approx(ckpt(tmp_path / "two")["scale"], rel=1e-5)
+
+
+@pytest.mark.parametrize("flags, accumulate", [(AE, 2), (AE_1_0, 1)], ids=["1.5 accumulated", "1.0"])
+def test_autoencoder_fsdp_equals_one_and_goes_on_without(tmp_path, flags, accumulate):
+    train_ae.main([*flags, "--steps", "4", "--out", str(tmp_path / "one")])
+    run("train_ae.py", *flags, "--fsdp", "--accumulate", accumulate, "--steps", 2, "--eval_every", 2, "--eval_num", 5, "--out", tmp_path / "two", ranks=2)
+    train_ae.main([*flags, "--steps", "4", "--out", str(tmp_path / "two")])
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    for key in ("loss", "grad_norm"):
+        assert one[0][key] == pytest.approx(two[0][key], rel=2e-6)
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
 def test_two_ranks_and_accumulation_equal_one_diffusion(tmp_path, toy_ae):
@@ -454,13 +465,22 @@ def test_dry_run_and_bench(capsys):
     line = train_diffusion.main(["--model", "USiT-H", "--c", "128", "--size", "8", "--dry_run"])
     assert line["parameters"] == 500868992 and line["forward_gmacs"] == 33.2436          # facts/diffusion_models.json
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == line
+    line = train_diffusion.main(["--model", "DiT-B", "--c", "128", "--size", "8", "--dry_run", "--batch_size", "8", "--gpus", "1"])
+    assert line["memory_gib_per_rank"] == pytest.approx(3.518 - 0.693, rel=0.15)     # --bench, one CPU core: peak less an idle process
+    line = train_ae.main(["--f", "32", "--c", "32", "--width", "32", "--image_size", "64", "--batch_size", "16", "--dry_run", "--gpus", "1"])
+    assert line["memory_gib_per_rank"] == pytest.approx(1.717 - 0.689, rel=0.15)
     line = train_diffusion.main(["--model", "USiT-T", "--c", "8", "--size", "4", "--bench", "--batch_size", "4", "--channels", "4,8"])
     assert line["img_per_s"] > 0 and line["step_ms"] > 0 and line["latent"] == [8, 4, 4]
     line = train_ae.main([*AE, "--bench"])
     assert line["img_per_s"] > 0 and {"tflops", "share_of_peak", "peak_gib", "torch"} <= line.keys()
 
 
-def test_compiled_equals_eager(tmp_path):
+def test_compiled_equals_eager(tmp_path, toy_ae):
+    for name, extra in (("c", []), ("d", ["--compile"])):
+        train_diffusion.main([*DIT, "--ae", str(toy_ae), "--cache", str(tmp_path / "cache"), "--model", "USiT-T", "--steps", "2", "--out", str(tmp_path / name), *extra])
+    for a, b in zip(log(tmp_path / "c"), log(tmp_path / "d")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert distance(tmp_path / "c", tmp_path / "d") < 1e-4
     train_ae.main([*AE, "--steps", "2", "--out", str(tmp_path / "a")])
     train_ae.main([*AE, "--steps", "2", "--compile", "--out", str(tmp_path / "b")])
     for a, b in zip(log(tmp_path / "a"), log(tmp_path / "b")):
