@@ -616,7 +616,8 @@ def save_grid(img, path, ncol, titles=None, rows=None):
 # --- The paper's figures -----------------------------------------------------------------------------------------------
 
 def parse_channels(text, c):
-    """"16:128:4" (both ends count), "16,32,64" or "64" -> sorted list; None -> the paper's 16, 20, ..., c."""
+    """"16:128:4" (both ends count), "16,32,64" or "64" -> sorted list; None -> the paper's 16, 20, ..., c. A number given
+    twice stays twice: c' is drawn uniformly from the list, so that "16,32,64,64" takes 64 in half of the steps."""
     if text is None:
         return [*range(16, c, 4), c]
     try:
@@ -626,7 +627,7 @@ def parse_channels(text, c):
         raise InputError(f"--channels {text}: write 16:128:4, or 16,32,64, or one number") from None
     if not channels or min(channels) < 1 or max(channels) > c:
         raise InputError(f"--channels {text}: the numbers must lie in 1..{c}, the autoencoder's channels")
-    return sorted(set(channels))
+    return sorted(channels)
 
 def grey(x):                                                                         # (n, h, w) -> uint8 (n, h, w, 3), each map black..white
     low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)

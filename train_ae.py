@@ -620,7 +620,7 @@ def parse(argv=None):
     a("--widths", help="width of each stage, e.g. 16,32,64,64, in place of --width")
     a("--depths", help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
     a("--shortcuts", action=argparse.BooleanOptionalAction, default=True, help="residual autoencoding shortcuts; off for the ablation")
-    a("--channels", help="c' of Eq. 1: 16:128:4, 16,32,64, or one number. Default: 16,20,...,c [paper Sec. 4.1]; c alone: no masks")
+    a("--channels", help="c' of Eq. 1: 16:128:4, 16,32,64 (one given twice is drawn twice as often), or one number. Default: 16,20,...,c [paper Sec. 4.1]; c alone: no masks")
     a("--phase", type=int, choices=[1, 2, 3], default=1, help="1 full training, 2 high-resolution adaptation, 3 GAN refinement")
     a("--init", help="autoencoder to start from (run folder, file, published name); needed by phases 2 and 3")
     a("--train", choices=["phase", "all", "decoder"], default="phase", help="which tensors train; decoder leaves the encoder as it is")
@@ -670,7 +670,7 @@ def main(argv=None):
     config, ae = configure(args)
     name = f"DC-AE-{config.version}-f{config.f}c{config.c}"
     args.channels = parse_channels(args.channels, config.c)
-    masks = args.channels != [config.c]
+    masks = set(args.channels) != {config.c}
     sizes = args.image_size or [PHASES[args.phase][1]]
     for size in sizes:
         if size % config.f or size <= 0:

@@ -226,7 +226,7 @@ def main(argv=None):
         c, size = ae.config.c, args.image_size // ae.config.f
     args.channels = parse_channels(args.channels, c) if args.augment else [c]
     rows = eval_channels(c, args.channels)
-    augmented = args.channels != [c]
+    augmented = set(args.channels) != {c}
     args.out = args.out or f"out/{args.model}{'-p%d' % args.patch if args.patch > 1 else ''}-c{c}x{size}{'' if augmented else '-plain'}"
     overrides = {k: getattr(args, k) for k in ("depth", "hidden", "heads") if getattr(args, k)}
 

@@ -429,7 +429,7 @@ def test_input_error_prints_one_line_and_exits_1():
 
 def test_parse_channels():
     assert parse_channels("16:128:4", 128) == list(range(16, 129, 4)) == parse_channels(None, 128)
-    assert parse_channels("32,16,16", 64) == [16, 32] and parse_channels("8", 64) == [8] and parse_channels(None, 32) == [16, 20, 24, 28, 32]
+    assert parse_channels("32,16,16", 64) == [16, 16, 32] and parse_channels("8", 64) == [8] and parse_channels(None, 32) == [16, 20, 24, 28, 32]
     assert parse_channels(None, 16) == [16] and parse_channels(None, 8) == [8] and parse_channels("1:3", 8) == [1, 2, 3]
     for bad in ("0,4", "129", "8:4:1", "", "x", "1:2:3:4:5", "4:8:0"):
         one_line(lambda: parse_channels(bad, 128), "--channels")
