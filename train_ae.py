@@ -16,8 +16,10 @@ The first half of this file is the training skeleton that train_diffusion.py use
 """
 
 import argparse
+import atexit
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -206,8 +208,17 @@ def ignore_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def end_workers():
+    """At exit, whatever its reason: Python would send SIGTERM to workers that ignore it, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def load(dataset, order, workers, device):
     """DataLoader of ready batches, read ahead by `workers` processes into pinned memory; order: lists of item numbers."""
+    if workers:
+        atexit.register(end_workers)
     return DataLoader(dataset, batch_sampler=order, collate_fn=as_is, num_workers=workers, pin_memory=device.type == "cuda",
                       prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
 

@@ -170,6 +170,15 @@ def test_autoencoder_resumes_bit_for_bit(tmp_path, flags):
     assert not torch.equal(*(next(iter(flat(torch.load(tmp_path / "b" / f"{n}.pt", weights_only=True)["model"]).values())) for n in ("ckpt", "ckpt_prev")))
 
 
+@pytest.mark.parametrize("flags", [["--phase", "2", "--image_size", "32"], ["--phase", "3", "--image_size", "32", "--disc_warmup", "1"], ["--train", "decoder"]], ids=" ".join)
+def test_later_phases_resume_bit_for_bit(tmp_path, toy_ae, flags):
+    flags = [*AE[AE.index("--image_size"):], *flags, "--init", str(toy_ae)]                # what the network is, --init says
+    train_ae.main([*flags, "--steps", "4", "--out", str(tmp_path / "a")])
+    train_ae.main([*flags, "--steps", "2", "--out", str(tmp_path / "b")])
+    train_ae.main([*flags, "--steps", "4", "--out", str(tmp_path / "b")])
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+
+
 @pytest.mark.parametrize("model", ["USiT-T", "DiT-T"])
 def test_diffusion_resumes_bit_for_bit(tmp_path, toy_ae, model):
     flags = [*DIT, "--ae", str(toy_ae), "--cache", str(tmp_path / "cache"), "--model", model]
@@ -196,6 +205,12 @@ def test_kill_9_and_sigterm(tmp_path):
     done = ckpt(tmp_path / "a")["step"]
     run("train_ae.py", *AE, "--steps", done, "--save_every", "5", "--out", tmp_path / "b")
     assert_same_bits(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_crash_does_not_hang_on_its_workers(tmp_path):
+    code = "import train_ae\ndef bad(*a, **k): raise RuntimeError('bug')\ntrain_ae.Run.log = bad\ntrain_ae.main()"
+    p = subprocess.run([sys.executable, "-c", code, *AE, "--steps", "50", "--workers", "2", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert p.returncode != 0 and "bug" in p.stderr
 
 
 @pytest.mark.parametrize("flags, accumulate", [(AE, 1), (AE, 2), (AE_1_0, 1)], ids=["1.5", "1.5 accumulated", "1.0"])
