@@ -262,6 +262,15 @@ def test_fsdp_equals_one_and_resumes_on_other_ranks(tmp_path, toy_ae):
     assert code != 0 and "--fsdp" in err and "Traceback" not in err
 
 
+def test_hybrid_sharding_over_two_nodes_equals_one(tmp_path, toy_ae):
+    flags = [*DIT, "--ae", str(toy_ae), "--cache", str(tmp_path / "cache"), "--model", "USiT-T", "--steps", "3"]
+    train_diffusion.main([*flags, "--out", str(tmp_path / "one")])
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2", "--node_rank", str(k), "--master_port", "29617",
+                               str(ROOT / "train_diffusion.py"), *flags, "--fsdp", "--out", str(tmp_path / "two")], stderr=subprocess.DEVNULL) for k in (0, 1)]
+    assert [node.wait(timeout=200) for node in nodes] == [0, 0]
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-4 and log(tmp_path / "one")[0]["loss"] == pytest.approx(log(tmp_path / "two")[0]["loss"], rel=2e-6)
+
+
 def test_two_ranks_resume_on_one_and_three(tmp_path, toy_ae):
     flags = [*DIT, "--ae", str(toy_ae), "--cache", str(tmp_path / "cache"), "--model", "SiT-T", "--out", str(tmp_path / "run")]
     run("train_diffusion.py", *flags, "--steps", 2, ranks=2)
