@@ -414,7 +414,7 @@ class DiffusersKL(nn.Module):
 def open_autoencoder(x):
     """DCAE, or a diffusers AutoencoderKL where x is the folder or hub name of one."""
     config = Path(x, "config.json")
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(x)) and "dc-ae" not in str(x) and not Path(x).parent.exists()
+    hub = re.fullmatch(r"(?!out/)[\w.-]+/[\w.-]+", str(x)) and "dc-ae" not in str(x) and not Path(x).parent.exists()      # out/: runs of ours
     kl = hub or config.exists() and "AutoencoderKL" in config.read_text()
     return DiffusersKL(x).eval() if kl else DCAE.from_pretrained(x)
 

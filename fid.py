@@ -625,7 +625,7 @@ def main(argv=None):
     a("--allow_small", action="store_true", help=f"score fewer than {MIN_IMAGES} images")
     a("--save_stats", metavar="FILE.npz", help="write mu and sigma of the reference")
     a("--json", nargs="?", const="", metavar="FILE", help="print the JSON line only; with FILE, write it there too")
-    a("--batch_size", type=int, default=64)
+    a("--batch_size", type=int, default=64, help="images through the network at a time")
     a("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs (cuda where there is one)")
     args = p.parse_args(argv)

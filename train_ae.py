@@ -53,7 +53,7 @@ PHASES = {  # phase: trainable tensors (regular expression), default resolution,
     2: (r"encoder\.project_out|decoder\.project_in", 512, 1.6e-5, (0.9, 0.999), 0.001, 0.0),  # [community]
     3: (r"decoder\.project_out", 256, 5.4e-5, (0.5, 0.9), 0.0, 0.1),                      # [community]; GAN weight [ours]
 }
-TOY = dict(f=8, c=32, widths="16,32,32,64", depths="0,1,1,1", channels="4,8,16,32", image_size=[32], batch_size=16, steps=4500,
+TOY = dict(f=8, c=32, widths="16,32,32,64", depths="0,1,1,1", image_size=[32], batch_size=16, steps=4500,
            lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=50, cooldown=4000, save_every=1000, eval_every=1500, eval_num=256, log_every=25, lpips=0.0, out="out/toy-ae")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def start_ranks():
     return Ranks(rank, size, device)
 
 
-def training_flags(description, toy):
+def training_flags(description):
     """Flags of both trainers; values that depend on model or machine are None here and filled by the script."""
     p = argparse.ArgumentParser(description=description, usage="%(prog)s [--flag value ...]   (--help explains each)",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -120,7 +120,7 @@ def training_flags(description, toy):
     a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile. Default: on for CUDA")
     a("--save_every", type=int, default=1000, help="steps between checkpoints")
     a("--eval_every", type=int, help="steps between evaluations with pictures; 0: never")
-    a("--log_every", type=int, help="steps between log lines, the only host synchronisation. Default: CPU 1, CUDA 50")
+    a("--log_every", type=int, help="steps between log lines: the only host synchronisation, and where ranks agree to stop. Default: CPU 1, CUDA 10")
     a("--workers", type=int, help="data loader processes per rank. Default: CPU 0, CUDA 8")
     a("--bench", action="store_true", help="time the real training step on random inputs; one JSON line, no files")
     a("--dry_run", action="store_true", help="print model, cost and memory; no data, no GPU; one JSON line last")
@@ -135,20 +135,33 @@ def parse_flags(p, toy, argv=None):
     if p.parse_known_args(argv)[0].toy:
         p.set_defaults(**toy)
     args = p.parse_args(argv)
-    for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "gpus"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
+    least = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "log_every", "gpus"), 1)
+    least |= dict.fromkeys(("seed", "lr", "weight_decay", "warmup", "cooldown", "clip", "workers", "eval_every"), 0)
+    for name, low in least.items():
+        if getattr(args, name) is not None and not getattr(args, name) >= low:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least {low}")
+    for name in {"betas", "ema", "label_dropout"} & set(vars(args)):
+        if not all(0 <= v < 1 for v in np.atleast_1d(getattr(args, name) or 0)):
+            raise InputError(f"--{name} {getattr(args, name)}: must lie in [0, 1)")
     return args
+
+
+def settle_channels(text, c, toy, known=None):
+    """--channels, or what the checkpoint was trained with, or the preset's c/8, c/4, c/2, c, or the paper's list."""
+    channels = parse_channels(text, c) if text else known or parse_channels(",".join(str(max(1, c // k)) for k in (8, 4, 2, 1)) if toy else None, c)
+    if channels[-1] < c:
+        print(f"--channels ends at {channels[-1]} of {c}: the channels behind it never train")
+    return channels
 
 
 def fill_machine_flags(args, ranks, batch_per_cuda_rank):
     cuda = ranks.device.type == "cuda"
     args.dtype = args.dtype or ("bf16" if cuda else "fp32")
     args.compile = cuda if args.compile is None else args.compile
-    args.log_every = args.log_every or (50 if cuda else 1)
+    args.log_every = args.log_every or (10 if cuda else 1)
     args.workers = (8 if cuda else 0) if args.workers is None else args.workers
-    if args.batch_size is None and args.dry_run:
-        args.batch_size = batch_per_cuda_rank * args.gpus
+    if args.batch_size is None and (args.dry_run or getattr(args, "eval_only", False)):
+        args.batch_size = batch_per_cuda_rank * (args.gpus if args.dry_run else 4 * ranks.size * args.accumulate)
     if args.batch_size is None:
         args.batch_size = (batch_per_cuda_rank if cuda else 1) * ranks.size * args.accumulate
         if not cuda:
@@ -250,7 +263,9 @@ class Guard:
 
     def step(self, opt, params, clip):
         """Clip, then step unless the norm is inf or nan. Returns (gradient norm, 1.0 where the step was taken)."""
-        norm = nn.utils.clip_grad_norm_(params, clip or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if clip:
+            nn.utils.clip_grads_with_norm_(params, clip, norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm                # FSDP2: a DTensor
         bad = (~torch.isfinite(norm)).float()
         opt.found_inf = bad                    # fused AdamW leaves weights and moments alone where found_inf is 1
@@ -266,7 +281,7 @@ def adamw(params, lr, betas, weight_decay):
     return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
-def shard(net, units, ranks, args):
+def shard(net, units, ranks, args, compile=False):
     """FSDP2: every unit gathers its weights when it runs, in bf16 with --dtype bf16; gradients are reduced in fp32. On
     several nodes shards stay within a node and gradients are averaged across nodes (hybrid sharding)."""
     if not dist.is_initialized():                                        # one process without torchrun
@@ -276,9 +291,10 @@ def shard(net, units, ranks, args):
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     bf16 = torch.bfloat16 if args.dtype == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)      # t stays fp32
+    torch._dynamo.config.recompile_limit = 64                            # units of one class share its compiled code
     for module in (*units, net):
-        if args.compile and module is not net:
-            module.compile()
+        if compile and module is not net:                                # forward alone: FSDP's hooks stay outside the graph
+            module.forward = torch.compile(module.forward, dynamic=False)
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
@@ -352,6 +368,7 @@ class Run:
         scalar = lambda v: v.float() if torch.is_tensor(v) else torch.full((), float(v), device=self.ranks.device)   # no host sync
         for name, value in sums.items():
             value = torch.stack([scalar(v) for v in (value if isinstance(value, tuple) else (value, 1.0))]).detach()
+            value = torch.where(value.isfinite().all(), value, torch.zeros_like(value))    # a skipped step is not averaged in
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         done = step + 1
         if done % self.args.log_every and done not in (self.first + 1, self.args.steps):
@@ -373,8 +390,8 @@ class Run:
                                      + (f", skipped {line['skipped']}" if line["skipped"] else ""), refresh=done == self.first + 1)
         self.sums, self.wait, self.since, self.since_step = {}, 0.0, time.time(), done
         if worst >= 10:
-            raise InputError(f"10 steps in a row had a non-finite loss; the last good checkpoint is {self.args.out}/ckpt.pt "
-                             "(lower --lr, or --dtype fp32)")
+            good = f"{self.args.out}/ckpt.pt" if os.path.exists(f"{self.args.out}/ckpt.pt") else "not yet written"
+            raise InputError(f"10 steps in a row had a non-finite loss; the last good checkpoint is {good} (lower --lr, or --dtype fp32)")
 
 
 def autocast(args, ranks):
@@ -432,7 +449,7 @@ def bench(args, ranks, name, step_fn, macs, warmup=5, timed=20):
     torch.cuda.synchronize() if cuda else None
     step_ms = (time.time() - start) / timed * 1e3
     tflops = 6 * macs * args.batch_size / ranks.size / (step_ms * 1e9)
-    peak = 989.0 if cuda and "H" in torch.cuda.get_device_name() else None      # H100 / H200 dense bf16, NVIDIA data sheet
+    peak = 989.0 if cuda and re.search("H[12]00", torch.cuda.get_device_name()) else None      # H100 / H200 dense bf16, NVIDIA data sheet
     import resource
     gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"model": name, "img_per_s": round(args.batch_size / step_ms * 1e3, 3), "step_ms": round(step_ms, 3),
@@ -485,6 +502,7 @@ class PatchGAN(nn.Sequential):
 class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the batches of all ranks; unlike torch's own it also runs under gloo on CPU."""
 
+    @torch.compiler.disable                                                  # the differentiable all_reduce cannot be traced
     def forward(self, x):
         if not self.training or not dist.is_initialized():
             return super().forward(x)
@@ -620,7 +638,7 @@ def picture(ae, data, rows, device, path, n=8):
 
 
 def parse(argv=None):
-    p = training_flags("Train a DC-AE (1.5 with masks, or 1.0): phases 1 to 3, decoder-only fine-tuning, evaluation.", TOY)
+    p = training_flags("Train a DC-AE (1.5 with masks, or 1.0): phases 1 to 3, decoder-only fine-tuning, evaluation.")
     a = p.add_argument
     a("--val", help="folder for the evaluation. Default: --data through the evaluation crop (toy: pictures never trained on)")
     a("--image_size", type=int, nargs="+", help="pixels, a multiple of f; several only with --eval_only. Default: 256, phase 2: 512")
@@ -680,9 +698,11 @@ def main(argv=None):
         raise InputError(f"--data {args.data}: no such folder")
     config, ae = configure(args)
     name = f"DC-AE-{config.version}-f{config.f}c{config.c}"
-    args.channels = parse_channels(args.channels, config.c)
+    known = ae.info if ae is not None else {}
+    args.channels = settle_channels(args.channels, config.c, args.toy, known.get("channels"))
     masks = set(args.channels) != {config.c}
-    sizes = args.image_size or [PHASES[args.phase][1]]
+    same = args.eval_only or args.train == "decoder"                             # at the checkpoint's own size
+    sizes = args.image_size or [same and known.get("image_size") or PHASES[args.phase][1]]
     for size in sizes:
         if size % config.f or size <= 0:
             raise InputError(f"--image_size {size}: not a multiple of f = {config.f}")
@@ -701,7 +721,8 @@ def main(argv=None):
     args.eval_every = 5000 if args.eval_every is None else args.eval_every
     if args.eval_only and args.out is None and os.path.isdir(args.init or ""):
         args.out = args.init
-    args.out = args.out or (f"out/dc-ae-{config.version}-f{config.f}c{config.c}" + (f"-w{args.width}" if args.width not in (None, 128) else "")
+    args.out = args.out or (f"out/dc-ae-{config.version}-f{config.f}c{config.c}" + (f"-w{args.widths or args.width}".replace(",", "-") if args.widths or args.width not in (None, 128) else "")
+                            + (f"-d{args.depths}".replace(",", "-") if args.depths else "") + ("" if config.shortcuts else "-no-shortcuts")
                             + ("" if masks else "-plain") + (f"-phase{args.phase}" if args.phase > 1 else "")
                             + (f"-{args.train}" if args.train != "phase" else ""))
     fill_machine_flags(args, ranks, batch_per_cuda_rank=16)                      # 16: [ours]
@@ -711,7 +732,7 @@ def main(argv=None):
     parameters = sum(p.numel() for p in shadow.parameters())
     ranks.say(f"{'evaluating' if args.eval_only else 'training'} {name}, {parameters / 1e6:.1f} M parameters, phase {args.phase}, "
               f"on {'built-in toy images' if builtin else args.data}, {'/'.join(map(str, sizes))} px, global batch {args.batch_size}, c' "
-              + (f"from {args.channels[0]} to {config.c} ({len(args.channels)} values)" if masks else "= c: no masks")
+              + (f"from {args.channels[0]} to {args.channels[-1]} ({len(set(args.channels))} values)" if masks else "= c: no masks")
               + f", L1 + {args.lpips:g} LPIPS + {args.gan:g} GAN, lr {args.lr:g}, {args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
     if args.dry_run or args.bench:
         trainable = select_trainable(shadow, args.phase, args.train)
@@ -728,7 +749,8 @@ def main(argv=None):
         return line
 
     data = open_images(args.data or "toy", sizes[0], train=True, seed=args.seed) if not (args.eval_only or args.bench) else None
-    rows = parse_channels(args.eval_channels, config.c) if args.eval_channels else eval_channels(config.c, args.channels)
+    bins = eval_channels(config.c, args.channels)
+    rows = parse_channels(args.eval_channels, config.c) if args.eval_channels else bins
 
     torch.manual_seed(args.seed)
     ae = (DCAE(config) if ae is None else ae).to(ranks.device)
@@ -756,16 +778,18 @@ def main(argv=None):
     select_trainable(ae, args.phase, args.train)
     forward = AutoencoderStep(ae)
     if args.fsdp:
-        shard(forward, [m for m in (*ae.encoder.stages, *ae.decoder.stages) if len(m)], ranks, args)
+        shard(forward, [m for m in (*ae.encoder.stages, *ae.decoder.stages) if len(m)], ranks, args, args.compile)
     elif args.compile:
         forward = torch.compile(forward)
     if ranks.size > 1 and not args.fsdp:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False, find_unused_parameters=False)
+        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
     params = [p for p in ae.parameters() if p.requires_grad]
     opt = adamw(params, args.lr, args.betas, args.weight_decay)
     disc = PatchGAN().to(ranks.device) if args.gan else None
     disc_opt = adamw(disc.parameters(), args.lr, (0.5, 0.9), 0.0) if args.gan else None
-    perceptual = LPIPS("vgg").to(ranks.device) if args.lpips else None
+    perceptual = LPIPS("vgg").to(ranks.device, memory_format=torch.channels_last) if args.lpips else None
+    if perceptual and args.compile:
+        perceptual = torch.compile(perceptual)
     z_square = torch.tensor(1 / scale**2, device=ranks.device)            # running mean of z^2; scale = 1 / its root
     guard, disc_guard = Guard(ranks.device), Guard(ranks.device)
     buffers = [b for b in ae.buffers() if b.is_floating_point()]          # BatchNorm statistics
@@ -796,7 +820,9 @@ def main(argv=None):
                 if disc:
                     disc.requires_grad_(False)                            # no gradient of this player reaches the other
                     terms["g"] = -disc(rec).mean()
-                    loss = loss + (args.gan if step >= args.disc_warmup else 0.0) * terms["g"]
+                    weight = args.gan if step >= args.disc_warmup else 0.0
+                    terms["gan_weight"] = torch.full_like(terms["g"], weight)
+                    loss = loss + weight * terms["g"]
                     disc.requires_grad_(True)
                 (loss / args.accumulate).backward()
             if disc:
@@ -817,10 +843,8 @@ def main(argv=None):
             b.copy_(torch.where(taken > 0, b, old))
         if any(p.requires_grad for p in ae.encoder.parameters()):
             z_square = torch.where(taken > 0, torch.lerp(z_square, micro_z, max(0.01, 1 / (step + 1))), z_square)
-        for k in rows:                                                    # loss by c', in the same bins as the evaluation
-            if masks and (k == rows[-1] or k >= c_prime):
-                logs[f"loss_c{k}"] = (logs["loss"], 1.0)
-                break
+        if masks:                                                         # loss by c', in bins that double
+            logs[f"loss_c{next(k for k in bins if k >= c_prime)}"] = (logs["loss"], 1.0)
         return logs, c_prime
 
     if args.bench:

@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 import diffusion
 import fid
-from ae import InputError, fingerprint, open_autoencoder, open_images, parse_channels, save_grid, to_uint8
+from ae import InputError, fingerprint, open_autoencoder, open_images, save_grid, to_uint8
 from sample import generate
 from train_ae import (Guard, InOrder, Run, adamw, autocast, batches, bench, commit, cost, draw_channels, estimate, eval_channels,
-                      fill_machine_flags, learning_rate, load, parse_flags, shard, spread, start_ranks, training_flags)
+                      fill_machine_flags, learning_rate, load, parse_flags, settle_channels, shard, spread, start_ranks, training_flags)
 
 RECIPES = {  # family: lr, weight decay, betas, warm-up steps [DC-Gen projects/DC-AE.md @cae2205, batch 1024]
     "DiT": (2e-4, 0.0, (0.9, 0.999), 0),
@@ -44,7 +44,7 @@ RECIPES = {  # family: lr, weight decay, betas, warm-up steps [DC-Gen projects/D
 }
 WARMUP_START = 6.4e-6       # first learning rate of the warm-up [DC-Gen]
 TOY = dict(ae="out/toy-ae", model="SiT-T", max_images=8192, batch_size=32, steps=5000, lr=2e-3, betas=(0.9, 0.99), clip=1.0, warmup=100,
-           cooldown=4000, ema=0.995, ema_warmup=100, channels="4,8,16,32", save_every=1000, eval_every=2500, log_every=25,
+           cooldown=4000, ema=0.995, ema_warmup=100, save_every=1000, eval_every=2500, log_every=25,
            out="out/toy-diffusion")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def parameter_groups(net, weight_decay):
 
 
 def parse(argv=None):
-    p = training_flags("Train a diffusion model on autoencoder latents, with augmented diffusion training.", TOY)
+    p = training_flags("Train a diffusion model on autoencoder latents, with augmented diffusion training.")
     a = p.add_argument
     a("--ae", help="autoencoder: run folder, file, published name, or a diffusers AutoencoderKL folder")
     a("--model", default="USiT-H", help="one of " + ", ".join(diffusion.MODELS))
@@ -224,10 +224,11 @@ def main(argv=None):
         if args.image_size % (ae.config.f * args.patch):
             raise InputError(f"--image_size {args.image_size}: not a multiple of f x patch = {ae.config.f} x {args.patch}")
         c, size = ae.config.c, args.image_size // ae.config.f
-    args.channels = parse_channels(args.channels, c) if args.augment else [c]
+    args.channels = settle_channels(args.channels, c, args.toy) if args.augment else [c]
     rows = eval_channels(c, args.channels)
     augmented = set(args.channels) != {c}
-    args.out = args.out or f"out/{args.model}{'-p%d' % args.patch if args.patch > 1 else ''}-c{c}x{size}{'' if augmented else '-plain'}"
+    f = f"f{ae.config.f}" if ae is not None else ""
+    args.out = args.out or f"out/{args.model}{'-p%d' % args.patch if args.patch > 1 else ''}-{f}c{c}x{size}{'' if augmented else '-no-augment'}"
     overrides = {k: getattr(args, k) for k in ("depth", "hidden", "heads") if getattr(args, k)}
 
     num_classes, latents = 1000, None
@@ -245,7 +246,7 @@ def main(argv=None):
     ranks.say(f"training {args.model}, {parameters / 1e6:.1f} M parameters, {macs / 1e9:.2f} GMACs, on latents {c}x{size}x{size}"
               + (f" of {args.ae}, {'built-in toy images' if builtin else args.data}" if latents else "")
               + f", {num_classes} classes, global batch {args.batch_size}, "
-              + (f"augmented: c' from {args.channels[0]} to {c} ({len(args.channels)} values)" if augmented else "not augmented")
+              + (f"augmented: c' from {args.channels[0]} to {args.channels[-1]} ({len(set(args.channels))} values)" if augmented else "not augmented")
               + f", lr {args.lr:g}, {args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
     if args.dry_run:
         z, t = torch.empty(1, c, size, size, device="meta"), torch.empty(1, device="meta")
@@ -261,12 +262,12 @@ def main(argv=None):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     net.checkpointing = args.checkpointing
     if args.fsdp:
-        shard(net, net.layers(), ranks, args), shard(ema, ema.layers(), ranks, args)
+        shard(net, net.layers(), ranks, args, args.compile), shard(ema, ema.layers(), ranks, args)
     opt = adamw(parameter_groups(net, args.weight_decay), args.lr, args.betas, args.weight_decay)
     params = [p for p in net.parameters() if p.requires_grad]
     forward = DiffusionStep(torch.compile(net) if args.compile and not args.fsdp else net)
     if ranks.size > 1 and not args.fsdp:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
     guard = Guard(ranks.device)
     scale = latents.scale if latents else 1.0
     micro_batch = args.batch_size // (ranks.size * args.accumulate)
@@ -359,10 +360,12 @@ def main(argv=None):
                 shutil.rmtree(old)
         saved = step
 
+    how = {"solver": "heun"} if args.fsdp and net.objective == "flow" else {}          # FSDP: all ranks take the same steps
+
     def preview(step):
         """PNG at fixed seeds and classes, from the averaged weights: convergence by eye."""
         labels = torch.arange(40) % num_classes if num_classes else torch.zeros(40, dtype=torch.long)
-        z = generate(ema, labels, seed=args.seed) if ranks.first or args.fsdp else None       # FSDP: all ranks gather weights
+        z = generate(ema, labels, seed=args.seed, **how) if ranks.first or args.fsdp else None       # FSDP: all ranks gather weights
         if ranks.first:
             img = torch.cat([to_uint8(ae.decode(part / scale)) for part in z.split(8)])
             save_grid(img, f"{args.out}/samples_{step:07d}.png", min(10, num_classes or 10))
@@ -372,7 +375,6 @@ def main(argv=None):
         """--fid: samples of the averaged weights against a reference, straight from the sampler; appended to fid.jsonl."""
         nonlocal reference
         labels = torch.randint(max(1, num_classes), (args.fid_num,), generator=torch.Generator().manual_seed(0))
-        how = {"solver": "heun"} if args.fsdp and net.objective == "flow" else {}      # FSDP: all ranks take the same steps
 
         def pictures():
             for index in torch.arange(ranks.rank, args.fid_num, ranks.size).split(50):

@@ -1,0 +1,37 @@
+"""The parts of reproduce.py that its tables rest on.    python -m pytest tests/test_reproduce.py"""
+
+import torch
+
+import reproduce
+import train_ae
+from ae import DCAE, open_images
+from toy_classifier import Classifier, accuracy, export
+
+
+def test_balanced_autoencoder_is_the_same_with_unit_channels(tmp_path):
+    train_ae.main("--f 4 --c 8 --widths 16,16,32 --depths 0,1,1 --image_size 16 --channels 2,4,8 --batch_size 4 --lr 1e-3 --warmup 2 --eval_every 0 "
+                  f"--steps 20 --out {tmp_path}/a".split())
+    data = open_images("toy", 16)
+    before, after = DCAE.from_pretrained(tmp_path / "a"), DCAE.from_pretrained(reproduce.balanced(tmp_path / "a", tmp_path / "b", data))
+    x = data.get_batch(list(range(200)), list(range(200)))[0]
+    with torch.no_grad():
+        for c_prime in (2, 8):
+            assert torch.allclose(before(x, c_prime), after(x, c_prime), atol=1e-5)
+        std = after.encode(x).std((0, 2, 3))
+    assert (std - 1).abs().max() < 0.2 < (before.encode(x).std((0, 2, 3)) - 1).abs().max()
+
+
+def test_reached_is_where_the_curves_meet():
+    plain = [(100, 8.0), (200, 4.0), (300, 5.0)]
+    assert "2.0 x" in reproduce.reached(plain, [(50, 6.0), (150, 2.0)], "X") and "step 100" in reproduce.reached(plain, [(50, 6.0), (150, 2.0)], "X")
+    assert "not reached" in reproduce.reached(plain, [(50, 6.0), (150, 5.0)], "X")
+    assert "step 50" in reproduce.reached(plain, [(50, 3.0), (150, 5.0)], "X")
+
+
+def test_exported_classifier_gives_the_same_features(tmp_path):
+    net = Classifier(10).eval()
+    export(net, 32, tmp_path / "f.pt2")
+    img = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    for a, b in zip(net(img), torch.export.load(tmp_path / "f.pt2").module()(img)):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert 0 <= accuracy(net, open_images("toy", 32), n=50) <= 0.5          # an untrained one guesses
