@@ -855,7 +855,7 @@ def main(argv=None):
 
     run = Run(args, ranks)
     kept = dict(config=asdict(config), phase=args.phase, train=args.train, image_size=sizes[0], channels=args.channels)
-    first = 0
+    first, before = 0, None
     whole = StateDictOptions(full_state_dict=args.fsdp, cpu_offload=args.fsdp)
     if ckpt := run.resume("ae", **kept):
         set_state_dict(ae, opt, model_state_dict=ckpt["model"], optim_state_dict=ckpt["optimizer"], options=StateDictOptions(full_state_dict=args.fsdp))
@@ -864,7 +864,7 @@ def main(argv=None):
         if disc:
             disc.load_state_dict(ckpt["disc"])
             disc_opt.load_state_dict(ckpt["disc_optimizer"])
-        z_square, first = ckpt["z_square"].to(ranks.device), ckpt["step"]
+        z_square, first, before = ckpt["z_square"].to(ranks.device), ckpt["step"], ckpt["before"]
         guard.skipped += ckpt["skipped"]
         del ckpt
         if first >= args.steps:
@@ -876,7 +876,7 @@ def main(argv=None):
         model, optimizer = get_state_dict(ae, opt, options=whole)         # whole and by name: goes on with or without --fsdp
         run.save({"kind": "ae", **kept, "model": model, "scale": float(mean_z.rsqrt()), "z_square": mean_z.cpu(), "step": step,
                   "optimizer": optimizer, "disc": disc.state_dict() if disc else None,
-                  "disc_optimizer": disc_opt.state_dict() if disc else None, "skipped": int(guard.skipped),
+                  "disc_optimizer": disc_opt.state_dict() if disc else None, "skipped": int(guard.skipped), "before": before,
                   "args": vars(args), "commit": commit(), "torch": str(torch.__version__)})
         return mean_z
 
@@ -894,7 +894,8 @@ def main(argv=None):
         ranks.say(f"step {step}: " + show_table(table, sizes[0], metrics))
         return table
 
-    before = assess(first) if args.eval_every and args.phase == 3 else None
+    if args.eval_every and args.phase == 3 and not before:
+        before = assess(first)
     stream = batches(data, args, ranks, first)
     for step in run.steps(first):
         logs, c_prime = train_step(step, lambda: run.next(stream))

@@ -6,7 +6,7 @@
 
 structure  Table 1, Figures 2, 3, 9, 10: PSNR and feature distance from the first c' channels
 cure       Table 5: {plain, structured latent} x {ordinary, augmented training}, the learning rate falling to 0
-speed      Figure 5b: score against training step at a constant learning rate, neither idea and both
+speed      Figure 5b: score against training step at a constant learning rate, neither idea and both (channels balanced, see below)
 problem    Figure 1b: plain autoencoders of three channel counts, ordinary training on each
 small_c    Table 6: both ideas where c is small
 sizes      Figures 6, 8: three model sizes, neither idea and both
@@ -40,7 +40,7 @@ import train_diffusion
 from train_ae import commit
 
 C, LIST = 96, "12:96:12"                                     # f8 at 32 px: 96 numbers for 8 x 8 x 3 = 192 pixel values
-STEPS, POINTS = 6000, [1500, 3000, 5000, 8000]               # of cure and its like; of speed: where samples are scored
+STEPS, POINTS = 6000, [1500, 3000, 5000, 8000, 11000, 14000] # of cure and its like; of speed: where samples are scored
 ARMS = {"neither": ("plain", False), "structured": ("structured", False),         # latent, augmented training
         "augmented": ("plain", True), "both": ("structured", True)}
 # family -> network and solver: small enough that a CPU core takes about 15 steps per second
@@ -142,8 +142,8 @@ class Study:
     def speed(self):
         for seed in self.args.seeds:
             for family in self.args.models:
-                for arm in ("neither", "both"):
-                    self.train("speed", arm, family, seed, *ARMS[arm], points=self.args.points)
+                for arm, latent, augmented in (("neither", "plain", False), ("both", "balanced", True)):
+                    self.train("speed", arm, family, seed, latent, augmented, points=self.args.points)
 
     def balance(self):
         for seed in self.args.seeds:
@@ -183,10 +183,10 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def curve(self, family, arm):
-        """[(step, mean distance over seeds)] of the speed experiment."""
-        rows = self.rows(experiment="speed", family=family, arm=arm)
-        return [(s, statistics.mean(r["distance"] for r in rows if r["step"] == s)) for s in sorted({r["step"] for r in rows})]
+    def curve(self, family, arm, key="distance"):
+        """[(step, mean over seeds)] of the speed experiment; key "front": of the first channels alone."""
+        rows = [r for r in self.rows(experiment="speed", family=family, arm=arm) if key in r]
+        return [(s, statistics.mean(r[key] for r in rows if r["step"] == s)) for s in sorted({r["step"] for r in rows})]
 
     def report(self):
         """Markdown tables of all that has been run."""
@@ -226,8 +226,8 @@ class Study:
             matplotlib.use("Agg")
             import matplotlib.pyplot as plt
             figure, axis = plt.subplots(figsize=(5, 3.5))
-            for arm in ("neither", "both"):
-                axis.plot(*zip(*self.curve(family, arm)), marker="o", label=arm)
+            for arm, key, label in (("neither", "distance", "neither"), ("both", "distance", "both"), ("both", "front", "both, first channels alone")):
+                axis.plot(*zip(*self.curve(family, arm, key)), marker="o", label=label)
             axis.set(title=f"{family}, {self.args.name}", xlabel="training step", ylabel="feature distance", yscale="log")
             axis.legend(), figure.tight_layout(), figure.savefig(self.home / f"convergence-{family}.png", dpi=90), plt.close(figure)
         for family in dict.fromkeys(r["family"] for r in self.rows(experiment="cure")):
@@ -240,7 +240,8 @@ class Study:
                     picks = np.stack([np.flatnonzero(labels == k)[:2] for k in sorted(set(labels.tolist()))[:10]])      # (10, 2)
                     shown.append(torch.from_numpy(img[picks.T.flatten()]))
                     titles += [arm, arm]
-            ae.save_grid(torch.cat(shown), self.home / f"samples-{family}.png", 10, rows=titles)
+            if shown:
+                ae.save_grid(torch.cat(shown), self.home / f"samples-{family}.png", 10, rows=titles)
 
 
 @torch.no_grad()
@@ -275,7 +276,7 @@ def main():
     a("name", help="of the study: its folder under out/reproduce; toy uses the built-in images")
     a("--data", help="class folders of training images (default: the built-in images)")
     a("--val", help="class folders that nothing trains on")
-    a("--only", nargs="+", default=["structure", "cure"],
+    a("--only", nargs="+", default=["structure", "cure", "speed"],
       choices=["structure", "cure", "speed", "balance", "problem", "small_c", "sizes", "report"])
     a("--models", nargs="+", default=["USiT"], choices=MODELS)
     a("--arms", nargs="+", default=list(ARMS), choices=ARMS)
