@@ -410,3 +410,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():                                             # or threads of gloo may end the process badly
+        dist.destroy_process_group()
