@@ -639,7 +639,7 @@ def figures(args):
     c, size, pictures = min(ae.config.c for ae in models.values()), args.image_size, []
     if size is not None and size < 1:
         raise InputError(f"--image_size {size}: must be positive")
-    channels = parse_channels(args.channels or ",".join(str(max(1, c // k)) for k in (8, 4, 2, 1)), c)
+    channels = sorted(set(parse_channels(args.channels or ",".join(str(max(1, c // k)) for k in (8, 4, 2, 1)), c)))
     for path in args.images:
         if path == "toy":
             data = open_images("toy", size or models["A"].info.get("image_size", 256))

@@ -53,8 +53,9 @@ PHASES = {  # phase: trainable tensors (regular expression), default resolution,
     2: (r"encoder\.project_out|decoder\.project_in", 512, 1.6e-5, (0.9, 0.999), 0.001, 0.0),  # [community]
     3: (r"decoder\.project_out", 256, 5.4e-5, (0.5, 0.9), 0.0, 0.1),                      # [community]; GAN weight [ours]
 }
-TOY = dict(f=8, c=32, widths="16,32,32,64", depths="0,1,1,1", image_size=[32], batch_size=16, steps=4500,
-           lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=50, cooldown=4000, save_every=1000, eval_every=1500, eval_num=256, log_every=25, lpips=0.0, out="out/toy-ae")
+TOY = dict(f=8, c=32, widths="16,32,32,64", depths="0,1,1,1", image_size=[32], batch_size=16, steps=4500, lr=2e-3, betas=(0.9, 0.99),
+           weight_decay=0.01, warmup=50, cooldown=4000, save_every=1000, eval_every=1500, eval_num=256, log_every=25, lpips=0.0,
+           out="out/toy-ae")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The training skeleton: ranks, data order, checkpoints, signals, guard, log
@@ -146,11 +147,14 @@ def parse_flags(p, toy, argv=None):
     return args
 
 
-def settle_channels(text, c, toy, known=None):
-    """--channels, or what the checkpoint was trained with, or the preset's c/8, c/4, c/2, c, or the paper's list."""
-    channels = parse_channels(text, c) if text else known or parse_channels(",".join(str(max(1, c // k)) for k in (8, 4, 2, 1)) if toy else None, c)
+def settle_channels(args, c, ranks, known=None):
+    """--channels; without it what the checkpoint was trained with, the toy preset's short list, or the paper's list."""
+    if args.channels or not (known or args.toy):
+        channels = parse_channels(args.channels, c)
+    else:
+        channels = known or eval_channels(c, [c])
     if channels[-1] < c:
-        print(f"--channels ends at {channels[-1]} of {c}: the channels behind it never train")
+        ranks.say(f"--channels ends at {channels[-1]} of {c}: the channels behind it never train")
     return channels
 
 
@@ -160,11 +164,10 @@ def fill_machine_flags(args, ranks, batch_per_cuda_rank):
     args.compile = cuda if args.compile is None else args.compile
     args.log_every = args.log_every or (10 if cuda else 1)
     args.workers = (8 if cuda else 0) if args.workers is None else args.workers
-    if args.batch_size is None and (args.dry_run or getattr(args, "eval_only", False)):
-        args.batch_size = batch_per_cuda_rank * (args.gpus if args.dry_run else 4 * ranks.size * args.accumulate)
     if args.batch_size is None:
-        args.batch_size = (batch_per_cuda_rank if cuda else 1) * ranks.size * args.accumulate
-        if not cuda:
+        full = cuda or args.dry_run or getattr(args, "eval_only", False)             # only training is slow on a CPU
+        args.batch_size = (batch_per_cuda_rank if full else 1) * args.accumulate * (args.gpus if args.dry_run else ranks.size)
+        if not full:
             ranks.say(f"no --batch_size on a CPU: global batch {args.batch_size}, that is 1 per rank and micro-batch")
     if args.batch_size % (ranks.size * args.accumulate):
         raise InputError(f"--batch_size {args.batch_size}: must be divisible by ranks x --accumulate = "
@@ -291,10 +294,11 @@ def shard(net, units, ranks, args, compile=False):
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     bf16 = torch.bfloat16 if args.dtype == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)      # t stays fp32
-    torch._dynamo.config.recompile_limit = 64                            # units of one class share its compiled code
-    for module in (*units, net):
-        if compile and module is not net:                                # forward alone: FSDP's hooks stay outside the graph
+    if compile:
+        torch._dynamo.config.recompile_limit = 64                        # units of one class share its compiled code
+        for module in units:                                             # forward alone: FSDP's hooks stay outside the graph
             module.forward = torch.compile(module.forward, dynamic=False)
+    for module in (*units, net):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
@@ -366,9 +370,10 @@ class Run:
         """Add device scalars to running sums; every --log_every steps average over steps and ranks, print, append.
         `sums` maps name -> (sum, weight) or scalar; entries of weight 0 are left out of the line."""
         scalar = lambda v: v.float() if torch.is_tensor(v) else torch.full((), float(v), device=self.ranks.device)   # no host sync
-        for name, value in sums.items():
-            value = torch.stack([scalar(v) for v in (value if isinstance(value, tuple) else (value, 1.0))]).detach()
-            value = torch.where(value.isfinite().all(), value, torch.zeros_like(value))    # a skipped step is not averaged in
+        pairs = [v if isinstance(v, tuple) else (v, 1.0) for v in sums.values()]
+        values = torch.stack([scalar(v) for pair in pairs for v in pair]).detach().view(-1, 2)
+        values = values.where(values.isfinite().all(1, keepdim=True), 0.0)                 # a skipped step is not averaged in
+        for name, value in zip(sums, values):
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         done = step + 1
         if done % self.args.log_every and done not in (self.first + 1, self.args.steps):
@@ -502,10 +507,11 @@ class PatchGAN(nn.Sequential):
 class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the batches of all ranks; unlike torch's own it also runs under gloo on CPU."""
 
-    @torch.compiler.disable                                                  # the differentiable all_reduce cannot be traced
     def forward(self, x):
-        if not self.training or not dist.is_initialized():
-            return super().forward(x)
+        return self.over_ranks(x) if self.training and dist.is_initialized() else super().forward(x)
+
+    @torch.compiler.disable                                              # the differentiable all_reduce cannot be traced
+    def over_ranks(self, x):
         n = x.numel() // x.shape[1] * dist.get_world_size()
         mean = differentiable_all_reduce(x.float().sum((0, 2, 3))) / n                             # (C,)
         var = differentiable_all_reduce((x.float() - mean[:, None, None]).square().sum((0, 2, 3))) / n
@@ -649,7 +655,8 @@ def parse(argv=None):
     a("--widths", help="width of each stage, e.g. 16,32,64,64, in place of --width")
     a("--depths", help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
     a("--shortcuts", action=argparse.BooleanOptionalAction, default=True, help="residual autoencoding shortcuts; off for the ablation")
-    a("--channels", help="c' of Eq. 1: 16:128:4, 16,32,64 (one given twice is drawn twice as often), or one number. Default: 16,20,...,c [paper Sec. 4.1]; c alone: no masks")
+    a("--channels", help="c' of Eq. 1: 16:128:4, 16,32,64 (one given twice is drawn twice as often), or one number; c alone: no masks. "
+                         "Default: the checkpoint's, else 16,20,...,c [paper Sec. 4.1] (--toy: c/8,c/4,c/2,c)")
     a("--phase", type=int, choices=[1, 2, 3], default=1, help="1 full training, 2 high-resolution adaptation, 3 GAN refinement")
     a("--init", help="autoencoder to start from (run folder, file, published name); needed by phases 2 and 3")
     a("--train", choices=["phase", "all", "decoder"], default="phase", help="which tensors train; decoder leaves the encoder as it is")
@@ -699,7 +706,7 @@ def main(argv=None):
     config, ae = configure(args)
     name = f"DC-AE-{config.version}-f{config.f}c{config.c}"
     known = ae.info if ae is not None else {}
-    args.channels = settle_channels(args.channels, config.c, args.toy, known.get("channels"))
+    args.channels = settle_channels(args, config.c, ranks, known.get("channels"))
     masks = set(args.channels) != {config.c}
     same = args.eval_only or args.train == "decoder"                             # at the checkpoint's own size
     sizes = args.image_size or [same and known.get("image_size") or PHASES[args.phase][1]]
@@ -721,10 +728,9 @@ def main(argv=None):
     args.eval_every = 5000 if args.eval_every is None else args.eval_every
     if args.eval_only and args.out is None and os.path.isdir(args.init or ""):
         args.out = args.init
-    args.out = args.out or (f"out/dc-ae-{config.version}-f{config.f}c{config.c}" + (f"-w{args.widths or args.width}".replace(",", "-") if args.widths or args.width not in (None, 128) else "")
-                            + (f"-d{args.depths}".replace(",", "-") if args.depths else "") + ("" if config.shortcuts else "-no-shortcuts")
-                            + ("" if masks else "-plain") + (f"-phase{args.phase}" if args.phase > 1 else "")
-                            + (f"-{args.train}" if args.train != "phase" else ""))
+    tags = {f"w{args.widths or args.width}": args.widths or args.width not in (None, 128), f"d{args.depths}": args.depths,
+            "no-shortcuts": not config.shortcuts, "plain": not masks, f"phase{args.phase}": args.phase > 1, args.train: args.train != "phase"}
+    args.out = args.out or "-".join([f"out/dc-ae-{config.version}-f{config.f}c{config.c}", *(t for t, on in tags.items() if on)]).replace(",", "-")
     fill_machine_flags(args, ranks, batch_per_cuda_rank=16)                      # 16: [ours]
 
     with torch.device("meta"):
@@ -750,7 +756,7 @@ def main(argv=None):
 
     data = open_images(args.data or "toy", sizes[0], train=True, seed=args.seed) if not (args.eval_only or args.bench) else None
     bins = eval_channels(config.c, args.channels)
-    rows = parse_channels(args.eval_channels, config.c) if args.eval_channels else bins
+    rows = sorted(set(parse_channels(args.eval_channels, config.c))) if args.eval_channels else bins
 
     torch.manual_seed(args.seed)
     ae = (DCAE(config) if ae is None else ae).to(ranks.device)
@@ -764,7 +770,7 @@ def main(argv=None):
         for size in sizes:
             held_out = open_images(args.val or args.data or "toy", size, train=False, seed=args.seed)
             results[size] = evaluate(ae, held_out, rows, args.eval_num if args.eval_num or not builtin else 2048,
-                                     max(1, args.batch_size), ranks, metrics, args.workers)
+                                     args.batch_size // ranks.size, ranks, metrics, args.workers)
             if ranks.first:
                 os.makedirs(args.out, exist_ok=True)
                 picture(ae, held_out, rows, ranks.device, f"{args.out}/eval_{size}.png")
@@ -856,9 +862,9 @@ def main(argv=None):
     run = Run(args, ranks)
     kept = dict(config=asdict(config), phase=args.phase, train=args.train, image_size=sizes[0], channels=args.channels)
     first, before = 0, None
-    whole = StateDictOptions(full_state_dict=args.fsdp, cpu_offload=args.fsdp)
+    whole = StateDictOptions(full_state_dict=args.fsdp)                   # by name and not in shards: goes on with or without --fsdp
     if ckpt := run.resume("ae", **kept):
-        set_state_dict(ae, opt, model_state_dict=ckpt["model"], optim_state_dict=ckpt["optimizer"], options=StateDictOptions(full_state_dict=args.fsdp))
+        set_state_dict(ae, opt, model_state_dict=ckpt["model"], optim_state_dict=ckpt["optimizer"], options=whole)
         if disc and not ckpt["disc"]:
             raise InputError(f"--gan: the run in {args.out} has no discriminator; name it by --init, and another --out")
         if disc:
@@ -873,7 +879,7 @@ def main(argv=None):
 
     def save(step):
         mean_z = ranks.mean(z_square.clone())                             # ranks saw different images
-        model, optimizer = get_state_dict(ae, opt, options=whole)         # whole and by name: goes on with or without --fsdp
+        model, optimizer = get_state_dict(ae, opt, options=StateDictOptions(full_state_dict=args.fsdp, cpu_offload=args.fsdp))
         run.save({"kind": "ae", **kept, "model": model, "scale": float(mean_z.rsqrt()), "z_square": mean_z.cpu(), "step": step,
                   "optimizer": optimizer, "disc": disc.state_dict() if disc else None,
                   "disc_optimizer": disc_opt.state_dict() if disc else None, "skipped": int(guard.skipped), "before": before,
@@ -884,9 +890,9 @@ def main(argv=None):
     metrics = optional_metrics(args, ranks, ranks.device) if args.eval_every and not builtin else {}
 
     def assess(step):
-        still = DCAE(config).to(ranks.device).eval()                      # the whole network, on every rank
-        still.load_state_dict(get_model_state_dict(ae, options=StateDictOptions(full_state_dict=args.fsdp)))
-        table = evaluate(still, held_out, rows, args.eval_num or 1024, max(1, args.batch_size // ranks.size), ranks, metrics, args.workers)
+        still = DCAE(config).to(ranks.device).eval()                      # the whole network on every rank
+        still.load_state_dict(get_model_state_dict(ae, options=whole))
+        table = evaluate(still, held_out, rows, args.eval_num or 1024, args.batch_size // ranks.size, ranks, metrics, args.workers)
         if ranks.first:
             picture(still, held_out, rows, ranks.device, f"{args.out}/recon_{step:07d}.png")
             with open(f"{args.out}/eval.jsonl", "a") as f:

@@ -167,7 +167,7 @@ def parse(argv=None):
     a("--model", default="USiT-H", help="one of " + ", ".join(diffusion.MODELS))
     a("--patch", type=int, default=1, help="patch size; 1 for DC-AE latents, 2 for f8 autoencoders")
     a("--image_size", type=int, help="pixels. Default: the autoencoder's training size")
-    a("--channels", help="c' of Eq. 2: 16:128:4, 16,32,64, or one number. Default: 16,20,...,c [paper Sec. 4.1]")
+    a("--channels", help="c' of Eq. 2: 16:128:4, 16,32,64, or one number. Default: 16,20,...,c [paper Sec. 4.1], --toy c/8,c/4,c/2,c")
     a("--augment", action=argparse.BooleanOptionalAction, default=True, help="augmented diffusion training (Eq. 2); --no-augment: ordinary")
     a("--depth", type=int, help="overrides the model's depth")
     a("--hidden", type=int, help="overrides the model's width")
@@ -224,7 +224,7 @@ def main(argv=None):
         if args.image_size % (ae.config.f * args.patch):
             raise InputError(f"--image_size {args.image_size}: not a multiple of f x patch = {ae.config.f} x {args.patch}")
         c, size = ae.config.c, args.image_size // ae.config.f
-    args.channels = settle_channels(args.channels, c, args.toy) if args.augment else [c]
+    args.channels = settle_channels(args, c, ranks) if args.augment else [c]
     rows = eval_channels(c, args.channels)
     augmented = set(args.channels) != {c}
     f = f"f{ae.config.f}" if ae is not None else ""
@@ -347,11 +347,12 @@ def main(argv=None):
     def save(step):
         """One file that sample.py reads; with --fsdp the train state goes first, sharded, to shards_<step>/ beside it."""
         nonlocal saved
-        model, average, optimizer = net.state_dict(), ema.state_dict(), opt.state_dict()
         if args.fsdp:
             dcp.save(train_state(), checkpoint_id=f"{args.out}/shards_{step:07d}")
             whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
             model, average, optimizer = get_model_state_dict(net, options=whole), get_model_state_dict(ema, options=whole), None
+        else:
+            model, average, optimizer = net.state_dict(), ema.state_dict(), opt.state_dict()
         run.save({"kind": "diffusion", **kept, "model": model, "ema": average, "optimizer": optimizer, "step": step,
                   "scale": scale, "ae": os.path.abspath(args.ae) if os.path.exists(args.ae) else args.ae, "classes": latents.manifest["classes"],
                   "skipped": int(guard.skipped), "args": vars(args), "commit": commit(), "torch": str(torch.__version__)})

@@ -520,6 +520,15 @@ def test_dry_run_and_bench(capsys):
     assert line["img_per_s"] > 0 and {"tflops", "share_of_peak", "peak_gib", "torch"} <= line.keys()
 
 
+def test_batchnorm_of_one_process_stays_in_the_compiled_graph():
+    ae = DCAE(AEConfig(f=8, c=8, version="1.0", encoder_widths=(16, 16, 32, 32), decoder_widths=(16, 16, 32, 32),
+                       encoder_depths=(0, 1, 1, 1), decoder_depths=(0, 1, 1, 1)))
+    select_trainable(ae, 1, "phase")
+    step = torch.compile(train_ae.AutoencoderStep(ae), backend="eager", fullgraph=True)                   # raises at a graph break
+    step(torch.randn(2, 3, 16, 16), channel_mask(8, 4))[0].mean().backward()
+    assert next(m for m in ae.modules() if isinstance(m, train_ae.SyncBatchNorm)).num_batches_tracked == 1
+
+
 def test_compiled_equals_eager(tmp_path, toy_ae):
     for name, extra in (("c", []), ("d", ["--compile"])):
         train_diffusion.main([*DIT, "--ae", str(toy_ae), "--cache", str(tmp_path / "cache"), "--model", "USiT-T", "--steps", "2", "--out", str(tmp_path / name), *extra])
