@@ -1,20 +1,20 @@
 """Does the paper's claim hold at a size that fits? Its experiments, through this repository's commands, with a table each.
 
-    python tests/reproduce.py toy                                                     # a laptop CPU, within the hour: USiT, one seed
+    python tests/reproduce.py toy                                                     # no download, no GPU: USiT, one seed
     python tests/reproduce.py toy --models USiT DiT --seeds 0 1 2 --only cure          # three seeds, two families
     python tests/reproduce.py cifar --data cifar/train --val cifar/test --images 50000 # real images: class folders of 32 px
 
 structure  Table 1, Figures 2, 3, 9, 10: PSNR and feature distance from the first c' channels
-cure       Table 5: {plain, structured latent} x {ordinary, augmented training}, the learning rate falling to 0
-speed      Figure 5b: score against training step at a constant learning rate, neither idea and both (channels balanced, see below)
+cure       Table 5, Figure 5b: {plain, structured latent} x {ordinary, augmented training}, scored along the way
 problem    Figure 1b: plain autoencoders of three channel counts, ordinary training on each
-small_c    Table 6: both ideas where c is small
-sizes      Figures 6, 8: three model sizes, neither idea and both
-balance    not in the paper: the structured latent with every channel scaled to variance 1 (the same autoencoder otherwise)
+small_c    Table 6: neither idea and both where c is small
+sizes      Figures 6, 8: neither idea and both, three model sizes
 
 Score: Frechet distance on the features of a small classifier (toy_classifier.py), and the share of samples that it assigns
-to the class they were asked for. Everything lies in out/reproduce/NAME; finished parts are not run again. One autoencoder
-of each kind (seed 0) serves all seeds of the diffusion models. Hyper-parameters [ours]: near those of the toy preset.
+to the class they were asked for. One autoencoder of each kind (seed 0) serves all seeds of the diffusion models; samples have
+seed 0 throughout and are compared with held-out pictures (toy) or the training set (class folders). The learning rate is
+constant, so that every point is the end of a run of that length; hyper-parameters [ours] are near the toy preset's.
+Everything lies in out/reproduce/NAME, and finished parts are not run again.
 """
 
 import argparse
@@ -22,9 +22,9 @@ import json
 import math
 import re
 import shlex
+import signal
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -39,32 +39,36 @@ import train_ae
 import train_diffusion
 from train_ae import commit
 
-C, LIST = 96, "12:96:12"                                     # f8 at 32 px: 96 numbers for 8 x 8 x 3 = 192 pixel values
-STEPS, POINTS = 6000, [1500, 3000, 5000, 8000, 11000, 14000] # of cure and its like; of speed: where samples are scored
-ARMS = {"neither": ("plain", False), "structured": ("structured", False),         # latent, augmented training
-        "augmented": ("plain", True), "both": ("structured", True)}
-# family -> network and solver: small enough that a CPU core takes about 15 steps per second
+C, LIST = 96, "12:96:12"                                     # at 32 px: 4 x 4 x 96 numbers for 32 x 32 x 3 pixel values
+AUTOENCODER = "--f 8 --widths 16,32,32,64 --depths 0,1,1,1"
+POINTS = [2500, 5000, 10000]                          # training steps at which 1,000 samples are scored
+ARMS = {"neither": ("plain", False), "structured": ("structured", False),         # autoencoder, augmented training
+        "augmented": ("plain", True), "both": ("structured", True),
+        "balanced": ("balanced", True)}                           # both, every latent channel scaled to variance 1 (not in the paper)
+# family -> network and solver: small enough that a CPU core takes 20 to 30 steps per second
 MODELS = {"USiT": "--model USiT-T --hidden 128 --heads 4", "DiT": "--model DiT-T", "SiT": "--model SiT-T",
           "UViT": "--model UViT-T --hidden 128 --heads 4"}
 SOLVERS = {"USiT": "--solver heun --steps 10", "SiT": "--solver heun --steps 10", "DiT": "--steps 50", "UViT": "--steps 20"}
-SIZES = {"depth 2, width 64": "--hidden 64 --heads 2 --depth 2", "depth 4, width 128": "--hidden 128 --heads 4",
-         "depth 6, width 256": "--hidden 256 --heads 4 --depth 6"}
-SMALL = "--f 8 --widths 16,32,32,64 --depths 0,1,1,1 --lpips 0 --image_size 32 --batch_size 32 --lr 2e-3 --betas 0.9 0.99 " \
+SIZES = {"small": "--hidden 64 --heads 2 --depth 2", "": "", "large": "--hidden 256 --heads 4 --depth 6"}
+SMALL = "--lpips 0 --image_size 32 --batch_size 32 --lr 2e-3 --betas 0.9 0.99 " \
         "--weight_decay 0.01 --warmup 50 --steps 4000 --cooldown 3000 --eval_every 0 --save_every 1000 --log_every 50"
-DIFFUSION = "--lr 2e-3 --betas 0.9 0.99 --weight_decay 0 --clip 1 --warmup 100 --ema 0.998 --ema_warmup 100 --save_every 1000 " \
-            "--eval_every 0 --log_every 100"
+DIFFUSION = "--batch_size 16 --lr 2e-3 --betas 0.9 0.99 --weight_decay 0 --clip 1 --warmup 100 --ema 0.998 --ema_warmup 100 " \
+            "--save_every 2500 --eval_every 0 --log_every 100"
 
 
 def run(module, *flags):
     """A command of this repository, printed so that it can be typed, run in this process."""
-    flags = shlex.split(" ".join(str(f) for f in flags))
+    flags = shlex.split(" ".join(shlex.quote(str(f)) if isinstance(f, Path) else str(f) for f in flags))
     print(f"\n$ python {module.__name__}.py {shlex.join(flags)}", flush=True)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     result = module.main(flags)
+    for s, handler in handlers.items():                          # trainers take signals, and return when one came
+        signal.signal(s, handler)
     if module in (train_ae, train_diffusion) and "--eval_only" not in flags:
         log = Path(flags[flags.index("--out") + 1], "log.jsonl").read_text().splitlines()
         wanted = int(flags[flags.index("--steps") + 1]) if "--steps" in flags else train_ae.TOY["steps"]
-        if json.loads(log[-1])["step"] < wanted:                                   # a signal: trainers save and return
-            sys.exit("stopped; the same command goes on")
+        if (step := json.loads(log[-1])["step"]) != wanted:                        # at a signal trainers save and return
+            sys.exit("stopped; the same command goes on" if step < wanted else f"--points {wanted}: the run is at step {step} already")
     return result
 
 
@@ -72,8 +76,12 @@ class Study:
     def __init__(self, args):
         self.args, self.home = args, Path(args.out or f"out/reproduce/{args.name}")
         self.home.mkdir(parents=True, exist_ok=True)
-        self.data = args.data or "toy"
-        self.val = args.val or self.data
+        self.data = Path(args.data) if args.data else "toy"
+        self.val = Path(args.val) if args.val else self.data
+        settings, path = dict(data=str(self.data), val=str(self.val), images=args.images, n=args.n), self.home / "study.json"
+        if path.exists() and json.loads(path.read_text()) != settings:
+            sys.exit(f"{self.home}: made with {path.read_text()}: give the same flags or another --out")
+        path.write_text(json.dumps(settings))
 
     def rows(self, **match):
         """Finished results: one JSON line each."""
@@ -87,161 +95,170 @@ class Study:
 
     def features(self):
         """The classifier behind both scores, trained once, and the reference statistics of its features."""
-        self.net, ref = self.home / "features.pt2", self.home / "reference.npz"
-        if not ref.exists():
-            train, val = (ae.open_images(x, 32, train=t) for x, t in ((self.data, True), (self.val, False)))
+        self.network, self.reference = self.home / "features.pt2", self.home / "reference.npz"
+        if not self.reference.exists():
+            train, val = (ae.open_images(str(x), 32, train=t) for x, t in ((self.data, True), (self.val, False)))
             net = toy_classifier.train(train, steps=600 if self.data == "toy" else 4000)
             self.add(experiment="classifier", accuracy=toy_classifier.accuracy(net, val))
-            toy_classifier.export(net, 32, self.net)
-            run(fid, self.data, "--image_size 32 --num 10000 --features", self.net, "--save_stats", ref)
-        self.reference, self.classifier = ref, torch.export.load(self.net).module()
-        return self.rows(experiment="classifier")[-1]["accuracy"]
+            toy_classifier.export(net, 32, self.network)
+            run(fid, self.data, "--image_size 32 --num", 10_000 if self.data == "toy" else min(10_000, len(train)), "--features", self.network,
+                "--save_stats", self.reference)
+        self.classifier = torch.export.load(self.network).module()
 
     def autoencoder(self, kind, c=C, channels=LIST):
         """Trains, or finds, the structured, plain or balanced autoencoder; returns its run folder."""
         out = self.home / f"ae-{kind}-c{c}"
         if kind == "balanced":
-            return out if out.exists() else balanced(self.autoencoder("structured", c, channels), out, ae.open_images(self.data, 32))
-        train = "--toy --eval_every 4500" if self.data == "toy" else f"--data {self.data} {SMALL}"
-        run(train_ae, train, "--c", c, "--channels", channels if kind == "structured" else c, "--out", out)
+            data = ae.open_images(str(self.data), 32)
+            return out if (out / "ckpt.pt").exists() else balanced(self.autoencoder("structured", c, channels), out, data)
+        recipe = ["--toy --eval_every 4500"] if self.data == "toy" else ["--data", self.data, SMALL]
+        run(train_ae, *recipe, AUTOENCODER, "--c", c, "--channels", channels if kind == "structured" else c, "--out", out)
         return out
 
-    def train(self, experiment, arm, family, seed, latent, augmented, points=None, c=C, channels=LIST, size=None):
-        """Trains one diffusion model and scores its samples: at the end of a cool-down, or at `points` of a constant rate."""
-        out = self.home / re.sub(r"\W+", "-", f"{experiment}-{arm}-{family}-{seed}")
-        network = f"--model {family}-T {SIZES[size]}" if size else MODELS[family]
-        schedule = "--batch_size 32" if points else f"--batch_size 16 --cooldown {self.args.steps * 5 // 6}"
-        for step in points or [self.args.steps]:
-            if self.rows(experiment=experiment, arm=arm, family=family, seed=seed, step=step):
-                continue
-            start = time.time()
-            run(train_diffusion, "--data", self.data, "--max_images", self.args.images, "--ae", self.autoencoder(latent, c, channels), network,
-                DIFFUSION, schedule, f"--channels {channels}" if augmented else "--no-augment", "--seed", seed, "--steps", step, "--out", out)
-            seconds = time.time() - start
-            row = dict(experiment=experiment, arm=arm, family=family, seed=seed, step=step, seconds=seconds, **self.score(out, family))
-            if augmented and latent != "plain":                          # the coarse picture: the first channels alone
-                row["front"] = self.score(out, family, f"--c_prime {channels.split(':')[0]}")["distance"]
-            self.add(**row)
+    def reconstructions(self, folder, channels):
+        table = run(train_ae, "--eval_only --init", folder, "--data", self.data, "--val", self.val, "--image_size 32 --batch_size 100",
+                    "--eval_num 2000 --eval_channels", channels, "--features", self.network)
+        return table[32]
+
+    def train(self, arm, c=C, channels=LIST, size=""):
+        """Trains the diffusion models of one arm, one for each family and seed, and scores their samples at every point."""
+        kind, augmented = ARMS[arm]
+        for seed in self.args.seeds:
+            for family in self.args.models:
+                key = dict(experiment="diffusion", family=family, arm=arm, c=c, size=size, seed=seed)
+                out = self.folder(family, arm, c, size, seed)
+                for step in sorted(set(self.args.points)):
+                    if self.rows(**key, step=step):
+                        continue
+                    folder = self.autoencoder(kind, c, channels)
+                    run(train_diffusion, "--data", self.data, "--max_images", self.args.images, "--ae", folder, MODELS[family], SIZES[size], DIFFUSION,
+                        f"--channels {channels}" if augmented else "--no-augment", "--seed", seed, "--steps", step, "--out", out)
+                    row = self.score(out, family)
+                    if augmented and kind != "plain":                    # the coarse picture: the first channels alone
+                        front = self.score(out, family, f"--c_prime {ae.parse_channels(channels, c)[0]}")
+                        row.update(front=front["distance"], front_right=front["right"])
+                    self.add(**key, step=step, **row)
+
+    def folder(self, family, arm, c, size, seed):
+        return self.home / re.sub(r"\W+", "-", f"{family} {arm} c{c} {size} {seed}")
 
     def score(self, folder, family, *flags):
-        samples = folder / ("samples" if not flags else "front")
+        samples = folder / ("front" if flags else "samples")
         run(sample, "--ckpt", folder, "--n", self.args.n, "--classes random --seed 0 --batch_size 100", SOLVERS[family], *flags, "--out", samples)
-        run(fid, samples / "samples.npz", self.reference, "--features", self.net, "--metrics fid --allow_small --json", samples / "fid.json")
+        run(fid, samples / "samples.npz", self.reference, "--features", self.network, "--metrics fid --allow_small --json", samples / "fid.json")
         with np.load(samples / "samples.npz") as f:
             right = toy_classifier.right(self.classifier, f["arr_0"], f["arr_1"])
         return dict(distance=json.loads((samples / "fid.json").read_text())["fid"], right=right)
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def cure(self):
-        for seed in self.args.seeds:
-            for family in self.args.models:
-                for arm in self.args.arms:
-                    self.train("cure", arm, family, seed, *ARMS[arm])
-
-    def speed(self):
-        for seed in self.args.seeds:
-            for family in self.args.models:
-                for arm, latent, augmented in (("neither", "plain", False), ("both", "balanced", True)):
-                    self.train("speed", arm, family, seed, latent, augmented, points=self.args.points)
-
-    def balance(self):
-        for seed in self.args.seeds:
-            for family in self.args.models:
-                for arm, augmented in (("structured, balanced", False), ("both, balanced", True)):
-                    self.train("balance", arm, family, seed, "balanced", augmented)
-
     def structure(self):
-        if not self.rows(experiment="structure"):
-            a, b = self.autoencoder("structured"), self.autoencoder("plain")
-            for kind, folder in (("structured", a), ("plain", b)):
-                table = run(train_ae, "--eval_only --init", folder, "--data", self.data, "--val", self.val, "--image_size 32 --batch_size 100",
-                            "--eval_num 2000 --eval_channels 12,24,48,96 --features", self.net)
-                self.add(experiment="structure", arm=kind, table=table[32])
-            pictures = ["toy"] if self.data == "toy" else sorted(str(next(iter(sorted(d.iterdir())))) for d in Path(self.val).iterdir())[:4]
-            run(ae, *pictures, "--ckpt", a, "--ckpt2", b, "--channels 12,24,48,96 --image_size 32 --out", self.home / "figures")
+        for kind in ("structured", "plain"):
+            if not self.rows(experiment="structure", arm=kind):
+                self.add(experiment="structure", arm=kind, table=self.reconstructions(self.autoencoder(kind), "12,24,48,96"))
+        if not (self.home / "figures").exists():
+            classes = [] if self.data == "toy" else sorted(d for d in self.val.iterdir() if d.is_dir())
+            run(ae, *([min(d.iterdir()) for d in classes[:4]] or ["toy"]), "--ckpt", self.autoencoder("structured"),
+                "--ckpt2", self.autoencoder("plain"), "--channels 12,24,48,96 --image_size 32 --out", self.home / "figures")
+
+    def cure(self):
+        for arm in self.args.arms:
+            self.train(arm)
 
     def problem(self):
         for c in (24, 48, 96):
-            for seed in self.args.seeds:
-                self.train("problem", f"plain c {c}", self.args.models[0], seed, "plain", False, c=c)
-            if not self.rows(experiment="problem_ae", c=c):
-                table = run(train_ae, "--eval_only --init", self.autoencoder("plain", c), "--data", self.data, "--val", self.val,
-                            "--image_size 32 --batch_size 100 --eval_num 2000 --eval_channels", c, "--features", self.net)
-                self.add(experiment="problem_ae", c=c, table=table[32])
+            self.train("neither", c)
+            if not self.rows(experiment="problem", c=c):
+                self.add(experiment="problem", c=c, table=self.reconstructions(self.autoencoder("plain", c), c))
 
     def small_c(self):
         for arm in ("neither", "both"):
-            for seed in self.args.seeds:
-                self.train("small_c", arm, self.args.models[0], seed, *ARMS[arm], c=24, channels="6:24:6")
+            self.train(arm, 24, "6:24:6")
 
     def sizes(self):
         for size in SIZES:
             for arm in ("neither", "both"):
-                for seed in self.args.seeds:
-                    self.train("sizes", f"{size}, {arm}", self.args.models[0], seed, *ARMS[arm], size=size)
+                self.train(arm, size=size)
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def curve(self, family, arm, key="distance"):
-        """[(step, mean over seeds)] of the speed experiment; key "front": of the first channels alone."""
-        rows = [r for r in self.rows(experiment="speed", family=family, arm=arm) if key in r]
+    def families(self):
+        return list(dict.fromkeys(r["family"] for r in self.rows(experiment="diffusion", c=C, size="")))
+
+    def curve(self, key="distance", **match):
+        """[(step, mean over seeds)] of one family and arm; key "front": of the first channels alone."""
+        rows = [r for r in self.rows(experiment="diffusion", c=C, size="", **match) if key in r]
         return [(s, statistics.mean(r[key] for r in rows if r["step"] == s)) for s in sorted({r["step"] for r in rows})]
 
     def report(self):
         """Markdown tables of all that has been run."""
-        text = []
-        spread = lambda v, digits=2: f"{statistics.mean(v):.{digits}f}" + (f" ± {statistics.stdev(v):.{digits}f}" if len(v) > 1 else "")
+        text, runs = [], self.rows(experiment="diffusion")
+
+        def spread(values, digits):
+            return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+        def cell(rows, distance="distance", right="right"):
+            rows = [r for r in rows if distance in r]
+            return f"{spread([r[distance] for r in rows], 2)} / {spread([100 * r[right] for r in rows], 1)}" if rows else ""
         for r in self.rows(experiment="classifier")[-1:]:
             text += [f"Classifier: {100 * r['accuracy']:.1f} % right on held-out images.", ""]
         structure = self.rows(experiment="structure")
         if structure:
             text += ["| autoencoder | " + " | ".join(f"c' = {r['c_prime']}: PSNR / distance" for r in structure[0]["table"]) + " |", "| --- " * 5 + "|"]
             text += ["| " + r["arm"] + " | " + " | ".join(f"{t['psnr']:.1f} / {t['rfid']:.2f}" for t in r["table"]) + " |" for r in structure] + [""]
-        for experiment in ("cure", "balance", "speed", "problem", "small_c", "sizes"):
-            rows = self.rows(experiment=experiment)
-            steps = sorted({r["step"] for r in rows})
-            if rows:
-                text += [f"{experiment}: distance / right class, %", "", "| network | arm | seeds | " + " | ".join(f"step {s:,}" for s in steps)
-                         + " | distance of the first channels alone |", "| --- " * (4 + len(steps)) + "|"]
-            for family, arm in dict.fromkeys((r["family"], r["arm"]) for r in rows):
-                mine = [[r for r in rows if (r["family"], r["arm"], r["step"]) == (family, arm, s)] for s in steps]
-                cells = [f"{spread([r['distance'] for r in m])} / {spread([100 * r['right'] for r in m], 1)}" if m else "" for m in mine]
-                front = [r["front"] for r in mine[-1] if "front" in r]
-                text += [f"| {family} | {arm} | {len(mine[-1])} | " + " | ".join(cells) + f" | {spread(front) if front else ''} |"]
-            text += [""] * bool(rows)
-        for family in dict.fromkeys(r["family"] for r in self.rows(experiment="speed")):
-            text += [reached(self.curve(family, "neither"), self.curve(family, "both"), family), ""]
-        (self.home / "report.md").write_text("\n".join(text))
+        for r in self.rows(experiment="problem"):
+            text += [f"* plain autoencoder, c = {r['c']}: PSNR {r['table'][0]['psnr']:.1f}, distance {r['table'][0]['rfid']:.2f}"]
+        steps = sorted({r["step"] for r in runs})
+        text += ["", "distance / right class in %: mean ± standard deviation over training seeds; samples have the same seed and labels", "",
+                 "| network | arm | c | seeds | " + " | ".join(f"step {s:,}" for s in steps) + " | its first channels alone |", "| --- " * (5 + len(steps)) + "|"]
+        for family, arm, c, size in dict.fromkeys((r["family"], r["arm"], r["c"], r["size"]) for r in runs):
+            mine = self.rows(experiment="diffusion", family=family, arm=arm, c=c, size=size)
+            last = [r for r in mine if r["step"] == max(r["step"] for r in mine)]
+            cells = [cell([r for r in mine if r["step"] == step]) for step in steps] + [cell(last, "front", "front_right")]
+            text += [f"| {' '.join(filter(None, (family, size)))} | {arm} | {c} | {len(last)} | " + " | ".join(cells) + " |"]
+        text += [""]
+        for family, seed in dict.fromkeys((r["family"], r["seed"]) for r in runs if r["c"] == C and not r["size"]):
+            plain, both = (self.curve(family=family, arm=arm, seed=seed) for arm in ("neither", "both"))
+            text += [f"* {family}, seed {seed}: {reached(plain, both)}"] if plain and both else []
+        (self.home / "report.md").write_text("\n".join(text) + "\n")
         print("\n" + "\n".join(text))
 
     def plot(self):
-        """Figure 5b: distance against training step; and rows of samples for each arm, a column for each class."""
-        families = list(dict.fromkeys(r["family"] for r in self.rows(experiment="speed")))
+        """Figure 5b: distance against training step, a point for each seed and a line through the means."""
         try:
             import matplotlib
         except ImportError:
-            families = print("no plot: pip install matplotlib (tests/requirements.txt)") or []
-        for family in families:
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-            figure, axis = plt.subplots(figsize=(5, 3.5))
-            for arm, key, label in (("neither", "distance", "neither"), ("both", "distance", "both"), ("both", "front", "both, first channels alone")):
-                axis.plot(*zip(*self.curve(family, arm, key)), marker="o", label=label)
-            axis.set(title=f"{family}, {self.args.name}", xlabel="training step", ylabel="feature distance", yscale="log")
+            return print("no plot: pip install matplotlib (tests/requirements.txt)")
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        for family in self.families():
+            figure, axis = plt.subplots(figsize=(6, 4))
+            lines = [(arm, "distance") for arm in ARMS] + [("both", "front")]
+            for k, (arm, key) in enumerate(lines):
+                rows = [r for r in self.rows(experiment="diffusion", family=family, arm=arm, c=C, size="") if key in r]
+                if rows:
+                    label = arm if key == "distance" else f"{arm}, first channels alone"
+                    axis.plot(*zip(*self.curve(key, family=family, arm=arm)), color=f"C{k}", linestyle="-" if key == "distance" else ":", label=label)
+                    axis.scatter([r["step"] for r in rows], [r[key] for r in rows], color=f"C{k}", s=8)
+            axis.set(title=f"{family}, {self.args.name}", xlabel="training step", ylabel="feature distance", xscale="log", yscale="log")
             axis.legend(), figure.tight_layout(), figure.savefig(self.home / f"convergence-{family}.png", dpi=90), plt.close(figure)
-        for family in dict.fromkeys(r["family"] for r in self.rows(experiment="cure")):
+
+    def pictures(self):
+        """Samples of the first seed: a column for each class, two rows for each arm, two more for its first channels alone."""
+        for family in self.families():
+            seed = min(r["seed"] for r in self.rows(experiment="diffusion", family=family, c=C, size=""))
             shown, titles = [], []
-            for arm in ARMS:
-                path = self.home / f"cure-{arm}-{family}-{self.args.seeds[0]}/samples/samples.npz"
+            for arm, kind in [(arm, kind) for arm in ARMS for kind in ("samples", "front")]:
+                path = self.folder(family, arm, C, "", seed) / kind / "samples.npz"
                 if path.exists():
                     with np.load(path) as f:
                         img, labels = f["arr_0"], f["arr_1"]
-                    picks = np.stack([np.flatnonzero(labels == k)[:2] for k in sorted(set(labels.tolist()))[:10]])      # (10, 2)
+                    classes = sorted(set(labels.tolist()))[:10]                       # the same for all arms: same seed
+                    picks = np.stack([np.resize(np.flatnonzero(labels == k), 2) for k in classes])                    # (classes, 2)
                     shown.append(torch.from_numpy(img[picks.T.flatten()]))
-                    titles += [arm, arm]
+                    titles += [arm if kind == "samples" else "first channels"] * 2
             if shown:
-                ae.save_grid(torch.cat(shown), self.home / f"samples-{family}.png", 10, rows=titles)
+                ae.save_grid(torch.cat(shown), self.home / f"samples-{family}.png", len(classes), rows=titles)
 
 
 @torch.no_grad()
@@ -255,19 +272,23 @@ def balanced(source, out, data):
     m["encoder.project_out.bias"] /= std
     m["decoder.project_in.weight"] *= std[None, :, None, None]
     ckpt["scale"] = float((z / std[:, None, None]).square().mean().rsqrt())
-    out.mkdir()
-    torch.save(ckpt, out / "ckpt.pt")
+    out.mkdir(exist_ok=True)
+    torch.save(ckpt, out / "new.pt")
+    (out / "new.pt").rename(out / "ckpt.pt")
     return out
 
 
-def reached(plain, both, family):
+def reached(plain, both):
     """Where the curve of both ideas, linear between points, first meets plain training's best distance."""
     best, step = min((d, s) for s, d in plain)
+    goal = f"plain training's best distance {best:.2f} (step {step:,}) is"
     for (s0, d0), (s1, d1) in zip([(0, math.inf), *both], both):
+        if d1 <= best and d0 == math.inf:
+            return f"{goal} reached by both ideas before step {s1:,}: at least {step / s1:.1f} x as fast"
         if d1 <= best:
-            s = s1 if d0 == math.inf else s0 + (s1 - s0) * (d0 - best) / (d0 - d1)
-            return f"{family}: plain training's best distance {best:.2f} (step {step:,}) is reached by both ideas at step {s:,.0f}: {step / s:.1f} x as fast."
-    return f"{family}: plain training's best distance {best:.2f} (step {step:,}) is not reached by both ideas within {both[-1][0]:,} steps."
+            s = s0 + (s1 - s0) * (d0 - best) / (d0 - d1)
+            return f"{goal} reached by both ideas at step {s:,.0f}: {step / s:.1f} x as fast"
+    return f"{goal} not reached by both ideas within {both[-1][0]:,} steps"
 
 
 def main():
@@ -276,23 +297,22 @@ def main():
     a("name", help="of the study: its folder under out/reproduce; toy uses the built-in images")
     a("--data", help="class folders of training images (default: the built-in images)")
     a("--val", help="class folders that nothing trains on")
-    a("--only", nargs="+", default=["structure", "cure", "speed"],
-      choices=["structure", "cure", "speed", "balance", "problem", "small_c", "sizes", "report"])
-    a("--models", nargs="+", default=["USiT"], choices=MODELS)
-    a("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    a("--seeds", nargs="+", type=int, default=[0])
-    a("--steps", type=int, default=STEPS, help="training steps of a diffusion model, the last five sixths of them cooling down")
-    a("--points", nargs="+", type=int, default=POINTS, help="of speed: training steps at which samples are scored")
+    a("--only", nargs="*", default=["structure", "cure"], choices=["structure", "cure", "problem", "small_c", "sizes"],
+      help="experiments to run (default: structure cure; with none after it, tables and plots alone)")
+    a("--models", nargs="+", default=["USiT"], choices=MODELS, help="diffusion families")
+    a("--arms", nargs="+", default=list(ARMS)[:4], choices=ARMS, help="of cure; balanced: both, with every latent channel scaled to variance 1 (not in the paper)")
+    a("--seeds", nargs="+", type=int, default=[0], help="of the diffusion models")
+    a("--points", nargs="+", type=int, default=POINTS, help="training steps at which samples are scored; the last one ends the run")
     a("--images", type=int, default=8192, help="training images (encoded once, plain and mirrored)")
     a("--n", type=int, default=1000, help="samples of a score")
     a("--out", help="folder (default: out/reproduce/NAME)")
     study = Study(p.parse_args())
     study.features()
     for experiment in study.args.only:
-        if experiment != "report":
-            getattr(study, experiment)()
+        getattr(study, experiment)()
     study.report()
     study.plot()
+    study.pictures()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The parts of reproduce.py that its tables rest on.    python -m pytest tests/test_reproduce.py"""
 
+import json
+import sys
+
 import torch
 
 import reproduce
@@ -23,9 +26,9 @@ def test_balanced_autoencoder_is_the_same_with_unit_channels(tmp_path):
 
 def test_reached_is_where_the_curves_meet():
     plain = [(100, 8.0), (200, 4.0), (300, 5.0)]
-    assert "2.0 x" in reproduce.reached(plain, [(50, 6.0), (150, 2.0)], "X") and "step 100" in reproduce.reached(plain, [(50, 6.0), (150, 2.0)], "X")
-    assert "not reached" in reproduce.reached(plain, [(50, 6.0), (150, 5.0)], "X")
-    assert "step 50" in reproduce.reached(plain, [(50, 3.0), (150, 5.0)], "X")
+    assert "at step 100: 2.0 x" in reproduce.reached(plain, [(50, 6.0), (150, 2.0)])
+    assert "not reached" in reproduce.reached(plain, [(50, 6.0), (150, 5.0)])
+    assert "before step 50: at least 4.0 x" in reproduce.reached(plain, [(50, 3.0), (150, 5.0)])
 
 
 def test_exported_classifier_gives_the_same_features(tmp_path):
@@ -35,3 +38,20 @@ def test_exported_classifier_gives_the_same_features(tmp_path):
     for a, b in zip(net(img), torch.export.load(tmp_path / "f.pt2").module()(img)):
         assert torch.allclose(a, b, atol=1e-5)
     assert 0 <= accuracy(net, open_images("toy", 32), n=50) <= 0.5          # an untrained one guesses
+
+
+def test_whole_study_on_tiny_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "AUTOENCODER", "--f 8 --widths 16,16,16,16 --depths 0,1,1,1 --steps 2 --cooldown 0 --eval_num 20")
+    monkeypatch.setattr(reproduce.toy_classifier, "train", lambda data, steps: Classifier(data.num_classes).eval())
+    monkeypatch.setattr(reproduce.fid, "MIN_IMAGES", 2)
+    command = f"reproduce.py toy --only structure cure --arms neither both --seeds 0 1 --points 2 4 --images 64 --n 20 --out {tmp_path}".split()
+    for _ in range(2):                                                                 # the second run has nothing left to do
+        monkeypatch.setattr(sys, "argv", command)
+        reproduce.main()
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    runs = [(r["arm"], r["seed"], r["step"]) for r in rows if r["experiment"] == "diffusion"]
+    assert sorted(runs) == [(arm, seed, step) for arm in ("both", "neither") for seed in (0, 1) for step in (2, 4)]
+    assert all(("front" in r) == (r["arm"] == "both") for r in rows if r["experiment"] == "diffusion")
+    report = (tmp_path / "report.md").read_text()
+    assert "| USiT | both | 96 | 2 |" in report and "| structured |" in report and "plain training's best" in report
+    assert {"convergence-USiT.png", "samples-USiT.png"} <= {p.name for p in tmp_path.glob("*.png")}
