@@ -211,7 +211,8 @@ class Study:
         steps = sorted({r["step"] for r in runs})
         text += ["", "distance / right class in %: mean ± standard deviation over training seeds; samples have the same seed and labels", "",
                  "| network | arm | c | seeds | " + " | ".join(f"step {s:,}" for s in steps) + " | its first channels alone |", "| --- " * (5 + len(steps)) + "|"]
-        for family, arm, c, size in dict.fromkeys((r["family"], r["arm"], r["c"], r["size"]) for r in runs):
+        kinds = {(r["family"], r["c"], r["size"], list(ARMS).index(r["arm"]), r["arm"]) for r in runs}
+        for family, c, size, _, arm in sorted(kinds):
             mine = self.rows(experiment="diffusion", family=family, arm=arm, c=c, size=size)
             last = [r for r in mine if r["step"] == max(r["step"] for r in mine)]
             cells = [cell([r for r in mine if r["step"] == step]) for step in steps] + [cell(last, "front", "front_right")]
@@ -240,7 +241,7 @@ class Study:
                     label = arm if key == "distance" else f"{arm}, first channels alone"
                     axis.plot(*zip(*self.curve(key, family=family, arm=arm)), color=f"C{k}", linestyle="-" if key == "distance" else ":", label=label)
                     axis.scatter([r["step"] for r in rows], [r[key] for r in rows], color=f"C{k}", s=8)
-            axis.set(title=f"{family}, {self.args.name}", xlabel="training step", ylabel="feature distance", xscale="log", yscale="log")
+            axis.set(title=f"{family}, {self.args.name}", xlabel="training step", ylabel="feature distance")
             axis.legend(), figure.tight_layout(), figure.savefig(self.home / f"convergence-{family}.png", dpi=90), plt.close(figure)
 
     def pictures(self):
