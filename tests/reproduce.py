@@ -109,8 +109,7 @@ class Study:
         """Trains, or finds, the structured, plain or balanced autoencoder; returns its run folder."""
         out = self.home / f"ae-{kind}-c{c}"
         if kind == "balanced":
-            data = ae.open_images(str(self.data), 32)
-            return out if (out / "ckpt.pt").exists() else balanced(self.autoencoder("structured", c, channels), out, data)
+            return out if (out / "ckpt.pt").exists() else balanced(self.autoencoder("structured", c, channels), out, ae.open_images(str(self.data), 32))
         recipe = ["--toy --eval_every 4500"] if self.data == "toy" else ["--data", self.data, SMALL]
         run(train_ae, *recipe, AUTOENCODER, "--c", c, "--channels", channels if kind == "structured" else c, "--out", out)
         return out
@@ -126,11 +125,11 @@ class Study:
         for seed in self.args.seeds:
             for family in self.args.models:
                 key = dict(experiment="diffusion", family=family, arm=arm, c=c, size=size, seed=seed)
-                out = self.folder(family, arm, c, size, seed)
-                for step in sorted(set(self.args.points)):
-                    if self.rows(**key, step=step):
-                        continue
-                    folder = self.autoencoder(kind, c, channels)
+                points = [p for p in sorted(set(self.args.points)) if not self.rows(**key, step=p)]
+                if not points:
+                    continue
+                out, folder = self.folder(family, arm, c, size, seed), self.autoencoder(kind, c, channels)
+                for step in points:
                     run(train_diffusion, "--data", self.data, "--max_images", self.args.images, "--ae", folder, MODELS[family], SIZES[size], DIFFUSION,
                         f"--channels {channels}" if augmented else "--no-augment", "--seed", seed, "--steps", step, "--out", out)
                     row = self.score(out, family)
