@@ -185,9 +185,10 @@ class Study:
         return list(dict.fromkeys(r["family"] for r in self.rows(experiment="diffusion", c=C, size="")))
 
     def curve(self, key="distance", **match):
-        """[(step, mean over seeds)] of one family and arm; key "front": of the first channels alone."""
+        """[(step, mean over seeds)] of one family and arm, at the steps that all seeds reached; key "front": of the first channels alone."""
         rows = [r for r in self.rows(experiment="diffusion", c=C, size="", **match) if key in r]
-        return [(s, statistics.mean(r[key] for r in rows if r["step"] == s)) for s in sorted({r["step"] for r in rows})]
+        at = {s: [r[key] for r in rows if r["step"] == s] for s in sorted({r["step"] for r in rows})}
+        return [(s, statistics.mean(v)) for s, v in at.items() if len(v) == len({r["seed"] for r in rows})]
 
     def report(self):
         """Markdown tables of all that has been run."""
@@ -209,31 +210,36 @@ class Study:
             text += [f"* plain autoencoder, c = {r['c']}: PSNR {r['table'][0]['psnr']:.1f}, distance {r['table'][0]['rfid']:.2f}"]
         steps = sorted({r["step"] for r in runs})
         text += ["", "distance / right class in %: mean ± standard deviation over training seeds; samples have the same seed and labels", "",
-                 "| network | arm | c | seeds | " + " | ".join(f"step {s:,}" for s in steps) + " | its first channels alone |", "| --- " * (5 + len(steps)) + "|"]
+                 "| network | arm | c | seeds | " + " | ".join(f"step {s:,}" for s in steps) + " | its first channels alone, at the step that most seeds reached |", "| --- " * (5 + len(steps)) + "|"]
         kinds = {(r["family"], r["c"], r["size"], list(ARMS).index(r["arm"]), r["arm"]) for r in runs}
         for family, c, size, _, arm in sorted(kinds):
             mine = self.rows(experiment="diffusion", family=family, arm=arm, c=c, size=size)
-            last = [r for r in mine if r["step"] == max(r["step"] for r in mine)]
-            cells = [cell([r for r in mine if r["step"] == step]) for step in steps] + [cell(last, "front", "front_right")]
+            at = {step: [r for r in mine if r["step"] == step] for step in steps}
+            last = max(at.values(), key=lambda rows: (len(rows), rows[0]["step"] if rows else 0))
+            cells = [cell(rows) for rows in at.values()] + [cell(last, "front", "front_right")]
             text += [f"| {' '.join(filter(None, (family, size)))} | {arm} | {c} | {len(last)} | " + " | ".join(cells) + " |"]
         text += [""]
         for family, seed in dict.fromkeys((r["family"], r["seed"]) for r in runs if r["c"] == C and not r["size"]):
             plain, both = (self.curve(family=family, arm=arm, seed=seed) for arm in ("neither", "both"))
+            plain = [p for p in plain if p[0] in dict(self.curve(family=family, arm="neither"))]      # the same goal for all seeds
             text += [f"* {family}, seed {seed}: {reached(plain, both)}"] if plain and both else []
         (self.home / "report.md").write_text("\n".join(text) + "\n")
         print("\n" + "\n".join(text))
 
     def plot(self):
-        """Figure 5b: distance against training step, a point for each seed and a line through the means."""
+        """Figure 5b: distance against training step, a panel for each family, a point for each seed, lines through the means."""
+        families = self.families()
+        if not families:
+            return
         try:
             import matplotlib
         except ImportError:
             return print("no plot: pip install matplotlib (tests/requirements.txt)")
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        for family in self.families():
-            figure, axis = plt.subplots(figsize=(6, 4))
-            lines = [(arm, "distance") for arm in ARMS] + [("both", "front")]
+        figure, axes = plt.subplots(1, len(families), figsize=(5 * len(families), 4), squeeze=False)
+        lines = [(arm, "distance") for arm in ARMS] + [("both", "front")]
+        for axis, family in zip(axes[0], families):
             for k, (arm, key) in enumerate(lines):
                 rows = [r for r in self.rows(experiment="diffusion", family=family, arm=arm, c=C, size="") if key in r]
                 if rows:
@@ -241,7 +247,8 @@ class Study:
                     axis.plot(*zip(*self.curve(key, family=family, arm=arm)), color=f"C{k}", linestyle="-" if key == "distance" else ":", label=label)
                     axis.scatter([r["step"] for r in rows], [r[key] for r in rows], color=f"C{k}", s=8)
             axis.set(title=f"{family}, {self.args.name}", xlabel="training step", ylabel="feature distance")
-            axis.legend(), figure.tight_layout(), figure.savefig(self.home / f"convergence-{family}.png", dpi=90), plt.close(figure)
+            axis.legend()
+        figure.tight_layout(), figure.savefig(self.home / "convergence.png", dpi=90), plt.close(figure)
 
     def pictures(self):
         """Samples of the first seed: a column for each class, two rows for each arm, two more for its first channels alone."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import torch
 
@@ -54,4 +55,16 @@ def test_whole_study_on_tiny_settings(tmp_path, monkeypatch):
     assert all(("front" in r) == (r["arm"] == "both") for r in rows if r["experiment"] == "diffusion")
     report = (tmp_path / "report.md").read_text()
     assert "| USiT | both | 96 | 2 |" in report and "| structured |" in report and "plain training's best" in report
-    assert {"convergence-USiT.png", "samples-USiT.png"} <= {p.name for p in tmp_path.glob("*.png")}
+    assert {"convergence.png", "samples-USiT.png"} <= {p.name for p in tmp_path.glob("*.png")}
+
+
+def test_families_are_compared_at_steps_that_all_seeds_reached(tmp_path):
+    study = reproduce.Study(SimpleNamespace(name="toy", data=None, val=None, images=1, n=1, out=tmp_path))
+    for arm, seed, step, distance in [("neither", 0, 100, 8.0), ("neither", 0, 200, 4.0), ("neither", 1, 100, 6.0),
+                                      ("both", 0, 100, 9.0), ("both", 0, 200, 7.0), ("both", 1, 100, 3.0)]:
+        study.add(experiment="diffusion", family="DiT", arm=arm, c=reproduce.C, size="", seed=seed, step=step, distance=distance, right=0.5)
+    assert study.curve(family="DiT", arm="neither") == [(100, 7.0)]
+    study.report()
+    report = (tmp_path / "report.md").read_text()
+    assert "| DiT | neither | 96 | 2 | 7.00 ± 1.41 / 50.0 ± 0.0 | 4.00 / 50.0 |" in report
+    assert "DiT, seed 0: plain training's best distance 8.00 (step 100) is reached by both ideas at step 150: 0.7 x" in report
