@@ -210,12 +210,13 @@ class Study:
             text += [f"* plain autoencoder, c = {r['c']}: PSNR {r['table'][0]['psnr']:.1f}, distance {r['table'][0]['rfid']:.2f}"]
         steps = sorted({r["step"] for r in runs})
         text += ["", "distance / right class in %: mean ± standard deviation over training seeds; samples have the same seed and labels", "",
-                 "| network | arm | c | seeds | " + " | ".join(f"step {s:,}" for s in steps) + " | its first channels alone, at the step that most seeds reached |", "| --- " * (5 + len(steps)) + "|"]
-        kinds = {(r["family"], r["c"], r["size"], list(ARMS).index(r["arm"]), r["arm"]) for r in runs}
-        for family, c, size, _, arm in sorted(kinds):
+                 "| network | arm | c | seeds | " + " | ".join(f"step {s:,}" for s in steps)
+                 + " | its first channels alone, at the step that most seeds reached |", "| --- " * (5 + len(steps)) + "|"]
+        kinds = {(r["family"], r["c"], r["size"], r["arm"]) for r in runs}
+        for family, c, size, arm in sorted(kinds, key=lambda kind: (*kind[:3], list(ARMS).index(kind[3]))):
             mine = self.rows(experiment="diffusion", family=family, arm=arm, c=c, size=size)
             at = {step: [r for r in mine if r["step"] == step] for step in steps}
-            last = max(at.values(), key=lambda rows: (len(rows), rows[0]["step"] if rows else 0))
+            last = at[max(steps, key=lambda step: (len(at[step]), step))]
             cells = [cell(rows) for rows in at.values()] + [cell(last, "front", "front_right")]
             text += [f"| {' '.join(filter(None, (family, size)))} | {arm} | {c} | {len(last)} | " + " | ".join(cells) + " |"]
         text += [""]
