@@ -466,13 +466,13 @@ def npz_pixels(path):
     try:
         with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
             info, (version, _), npy = z.getinfo("arr_0.npy"), np.lib.format.read_magic(f), np.lib.format
-            shape, _, dtype = (npy.read_array_header_1_0 if version == 1 else npy.read_array_header_2_0)(f)
+            shape, fortran, dtype = (npy.read_array_header_1_0 if version == 1 else npy.read_array_header_2_0)(f)
             start = f.tell()
         with open(path, "rb") as f:                             # before the data: zip's local header (30 bytes, name, extra), npy's
             f.seek(info.header_offset + 26)
             start += info.header_offset + 30 + sum(np.frombuffer(f.read(4), "<u2").tolist())
         stored = info.compress_type == zipfile.ZIP_STORED and dtype == np.uint8
-        array = np.memmap(path, dtype, "r", start, shape) if stored else np.load(path)["arr_0"]
+        array = np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C") if stored else np.load(path)["arr_0"]
     except BROKEN as e:
         raise InputError(f"{path}: want a folder of images, toy, or an .npz with arr_0 (uint8 NHWC) or mu and sigma "
                          f"({type(e).__name__}: missing, cut off, or something else)") from e
