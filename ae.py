@@ -1,22 +1,30 @@
-"""
-DC-AE and DC-AE 1.5: pixels <-> latents, in one file.
+"""Pixels to latents and back: DC-AE and DC-AE 1.5.
 
 What DC-AE 1.5 (arXiv 2508.00413) adds to DC-AE (arXiv 2410.10733):
-  * a structured latent: while the autoencoder trains, a mask keeps only the first c' of the c latent channels (Eq. 1), with
-    c' drawn anew each step; so the front channels learn the object and the later ones its details,
+  * a structured latent: while the autoencoder trains, a mask keeps only the first c' of the c latent channels
+    (Eq. 1), with c' drawn anew each step; so front channels learn the object and later ones its details,
   * augmented diffusion training on the same channel prefixes (Eq. 2; lives in diffusion.py),
-  * a plainer network: ResBlocks with RMSNorm and SiLU only, and no shortcut around the two latent projections.
+  * a plainer network: ResBlocks with RMSNorm and SiLU only, no shortcut around the two latent projections.
 
-    img (B,3,H,W) in [-1,1] --encode--> z (B,c,H/f,W/f) --first c'--> z (B,c',H/f,W/f) --decode--> img (B,3,H,W)
+    img (B,3,H,W) --encode--> z (B,c,H/f,W/f) --first c'--> z (B,c',H/f,W/f) --decode--> img (B,3,H,W)
 
-Letters: B batch, H W pixels, f spatial compression, c latent channels, c' = c_prime kept ones, h heads, N = H*W tokens.
-Sources: [paper] arXiv 2508.00413, [DC-Gen] the authors' code @cae2205, [ours] chosen or measured here.
+Letters: B batch, H W pixels, f spatial compression, c latent channels, c' = c_prime kept ones, h heads,
+N = H*W tokens. `img` is always float in [-1,1]; `pixels` are uint8 (B,H,W,3), an `image` is PIL's.
+Sources: [paper] arXiv 2508.00413, [DC-Gen file] the authors' code @cae2205, [ours] chosen or measured here.
 
-    ae = DCAE.from_pretrained("out/my_run")        # or a published name, folder or file, or a diffusers AutoencoderDC folder
+    ae = DCAE.from_pretrained("out/my_run")     # or a published name, folder or file, or diffusers' folder
     rec = ae(img, c_prime=16)
-    python ae.py photo.jpg toy --ckpt out/structured --ckpt2 out/plain --out figures      # the paper's Figures 2, 3, 9, 10
+    python ae.py photo.jpg toy --ckpt out/structured --ckpt2 out/plain --out figures     # Figures 2, 3, 9, 10
 """
-import argparse, hashlib, json, math, os, pickle, re, sys, zipfile
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,55 +36,128 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-class InputError(SystemExit, ValueError):
-    """Bad input: uncaught it prints its one line and exits 1; a notebook or a test catches it as ValueError."""
 
-# --- Configuration -----------------------------------------------------------------------------------------------------
+class InputError(SystemExit, ValueError):
+    """Bad input, in one line. As SystemExit it ends a script with that line; as ValueError one catches it."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Configuration
+
+# The published models [DC-Gen ae_model_zoo.py]: width of each stage as a multiple of stage 0's, blocks of
+# each encoder stage and of each decoder stage. Further stages repeat the last number.
+PUBLISHED = {
+    "1.0": ((1, 2, 4, 4, 8, 8, 16), (0, 4, 8, 2), (0, 5, 10, 2)),
+    "1.5": ((1, 2, 4, 4, 8, 8, 8), (0, 5, 10, 4), (0, 5, 10, 4)),
+}
+
 
 @dataclass
 class AEConfig:
-    f: int = 32                      # spatial compression, a power of two >= 4; there are log2(f) + 1 stages, stage 0 is empty
-    c: int = 128                     # latent channels
-    version: str = "1.5"             # "1.5": ResBlocks, RMSNorm, SiLU; "1.0": EfficientViT blocks from stage 3, latent shortcuts
-    width: int = 128                 # channels of stage 0: scales every stage; 128 is the published size
-    shortcuts: bool = True           # the non-parametric shortcuts of residual autoencoding; False is DC-AE's ablation
-    encoder_widths: tuple = None     # per stage; None: filled from f, version and width
-    encoder_depths: tuple = None     # blocks per stage
+    """None: as in the published models. InputError where no such network can be built."""
+    f: int = 32                     # spatial compression, 2^k >= 4: k + 1 stages, of which stage 0 is empty
+    c: int = 128                    # latent channels
+    version: str = "1.5"            # "1.5" ResBlocks; "1.0" EfficientViT from stage 3 on, latent shortcuts
+    width: int = 128                # channels of stage 0, which scale every stage; 128 is the published size
+    shortcuts: bool = True          # without parameters, over space and channels; False: DC-AE's ablation
+    encoder_widths: tuple = None    # channels of each stage
+    encoder_depths: tuple = None    # blocks of each stage
     decoder_widths: tuple = None
     decoder_depths: tuple = None
 
     def __post_init__(self):
         if self.f < 4 or self.f & (self.f - 1):
             raise InputError(f"--f {self.f}: the spatial compression must be a power of two, 4 or more")
-        if self.c < 1 or self.version not in ("1.0", "1.5"):
-            raise InputError(f"--c {self.c} --version {self.version}: at least one channel is needed; versions are 1.0 and 1.5")
-        n, old = self.f.bit_length(), self.version == "1.0"                          # n stages
-        grow = ([1, 2, 4, 4, 8, 8] + [16 if old else 8] * n)[:n]                     # widths, depths [DC-Gen ae_model_zoo.py]
-        for side, depths in (("encoder", [0, 4, 8] if old else [0, 5, 10]), ("decoder", [0, 5, 10])):
-            w = tuple(getattr(self, side + "_widths") or [self.width * g for g in grow])
-            d = tuple(getattr(self, side + "_depths") or (depths + [2 if old else 4] * n)[:n])
-            setattr(self, side + "_widths", w), setattr(self, side + "_depths", d)
-            if len(w) != n or len(d) != n or d[0] != 0 or min(d[1:]) < 1:
-                raise InputError(f"{side} widths {w}, depths {d}: f={self.f} needs {n} of each; depth 0 first (empty), then >= 1")
-            if min(w) < 4 or any(x % 4 for x in w[1:]) or old and any(x % 32 for x in w[3:]):
-                raise InputError(f"--width {self.width}: {side} widths {w} must be multiples of 4; of 32 from 1.0's stage 3 on")
-            if self.shortcuts and any(4 * a % b for a, b in zip(w[1:], w[2:])):
-                raise InputError(f"{side} widths {w}: each must divide 4x the one before it, or shortcuts=False")
-            if self.shortcuts and old and w[-1] % self.c:
-                raise InputError(f"--c {self.c}: 1.0's latent shortcuts need a c that divides the last {side} width, {w[-1]}")
+        if self.c < 1:
+            raise InputError(f"--c {self.c}: at least one latent channel is needed")
+        if self.version not in PUBLISHED:
+            raise InputError(f"--version {self.version}: the versions are 1.0 and 1.5")
+        self.fill()
+        self.check("encoder", self.encoder_widths, self.encoder_depths)
+        self.check("decoder", self.decoder_widths, self.decoder_depths)
 
-# --- Building blocks ---------------------------------------------------------------------------------------------------
+    def fill(self):
+        n = self.f.bit_length()                                         # stages
+        growth, encoder, decoder = ((row + n * row[-1:])[:n] for row in PUBLISHED[self.version])
+        widths = [self.width * k for k in growth]
+        self.encoder_widths = tuple(self.encoder_widths or widths)
+        self.decoder_widths = tuple(self.decoder_widths or widths)
+        self.encoder_depths = tuple(self.encoder_depths or encoder)
+        self.decoder_depths = tuple(self.decoder_depths or decoder)
+
+    def check(self, side, widths, depths):
+        n = self.f.bit_length()
+        given = f"--width {self.width}: {side} widths {widths}"
+        if len(widths) != n or len(depths) != n:
+            raise InputError(f"{side} widths {widths}, depths {depths}: f={self.f} needs {n} of each")
+        if depths[0] != 0 or min(depths[1:]) < 1:
+            raise InputError(f"{side} depths {depths}: depth 0 first (the empty stage), then >= 1")
+        if min(widths) < 4 or any(w % 4 for w in widths[1:]):
+            raise InputError(f"{given} must be multiples of 4")
+        if self.version == "1.0" and any(w % 32 for w in widths[3:]):
+            raise InputError(f"{given} must be multiples of 32 from 1.0's stage 3 on")
+        if self.shortcuts and any(4 * a % b for a, b in zip(widths[1:], widths[2:])):
+            raise InputError(f"{given}: each must divide 4x the one before it, or shortcuts=False")
+        if self.latent_shortcuts() and widths[-1] % self.c:
+            raise InputError(f"--c {self.c}: 1.0 needs a c that divides the last {side} width, {widths[-1]}")
+
+    def latent_shortcuts(self):
+        return self.shortcuts and self.version == "1.0"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Channels: the mask of Eq. 1 and Eq. 2, and lists of c'
+
+def channel_mask(c, c_prime, device=None):
+    """(1, c, 1, 1): c' ones, then zeros."""
+    if not 1 <= c_prime <= c:
+        raise InputError(f"c_prime={c_prime}: of a latent with {c} channels the first 1 to {c} can be kept")
+    return (torch.arange(c, device=device) < c_prime).float().view(1, c, 1, 1)
+
+
+def parse_channels(text, c):
+    """"16:128:4" (both ends count), "16,32,64" or "64" -> sorted list; None -> 16, 20, ..., c [paper].
+    A number given twice stays twice: c' is drawn uniformly, so "16,32,64,64" takes 64 half of the time."""
+    if text is None:
+        return [*range(16, c, 4), c]
+    try:
+        channels = [int(x) for x in re.split("[:,]", str(text))]
+        if ":" in str(text):
+            low, high, *stride = channels
+            channels = list(range(low, high + 1, *stride))
+    except (ValueError, TypeError):
+        raise InputError(f"--channels {text}: write 16:128:4, or 16,32,64, or one number") from None
+    if not channels or min(channels) < 1 or max(channels) > c:
+        raise InputError(f"--channels {text}: the numbers must lie in 1..{c}, the autoencoder's channels")
+    return sorted(channels)
+
+
+def doubling(c, smallest):
+    """smallest, 2 smallest, 4 smallest, ..., c. Where smallest is c (no masks), from 16 or c / 8 on."""
+    k = smallest if smallest < c else min(16, max(1, c // 8))
+    channels = []
+    while k < c:
+        channels.append(k)
+        k *= 2
+    return channels + [c]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Building blocks
 
 class RMSNorm(nn.Module):
-    """Each pixel's channel vector divided by its root mean square, then an affine map; eps as published [DC-Gen ops.py]."""
+    """Each pixel's channel vector over its root mean square, then an affine map; eps from [DC-Gen ops.py]."""
+
     def __init__(self, dim):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x):                                                            # (B, C, H, W)
-        u = x.to(torch.promote_types(x.dtype, torch.float32))                        # statistics in fp32 under bf16
+    def forward(self, x):                                               # (B, C, H, W)
+        u = x.to(torch.promote_types(x.dtype, torch.float32))           # statistics in fp32 under bf16
         u = u * torch.rsqrt(u.square().mean(1, keepdim=True) + 1e-5)
         return torch.addcmul(self.bias.view(-1, 1, 1), u, self.weight.view(-1, 1, 1)).to(x.dtype)
+
 
 class ResBlock(nn.Module):
     def __init__(self, dim, batchnorm_relu=False):
@@ -89,28 +170,33 @@ class ResBlock(nn.Module):
     def forward(self, x):
         return x + self.norm(self.conv2(self.act(self.conv1(x))))
 
+
 class LinearAttention(nn.Module):
     """ReLU linear attention, heads of 32 channels: the cost grows with N, not N^2."""
+
     def __init__(self, dim):
         super().__init__()
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)                            # per head: 32 q, 32 k, 32 v
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)               # per head: 32 q, 32 k, 32 v
         self.proj = nn.Conv2d(dim, dim, 1, bias=False)
         self.norm = RMSNorm(dim)
 
     def forward(self, x):
         B, C, H, W = x.shape
-        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, C // 32, 96)         # (B, N, h, 96)
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, C // 32, 96)    # (B, N, h, 96)
         device = "cpu" if x.is_meta else x.device.type
-        with torch.autocast(device, enabled=False):                                  # sums over N tokens need fp32
-            q, k, v = qkv.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2).chunk(3, -1)     # 3 x (B, h, N, 32)
-            v = F.pad(v, (0, 1), value=1.0)                                          # the column of ones carries the normaliser
-            out = F.relu(q) @ (F.relu(k).mT @ v)                                     # (B, h, N, 33)
-            out = out[..., :-1] / (out[..., -1:] + 1e-15)                            # a token with q = 0 gives 0, never NaN
+        with torch.autocast(device, enabled=False):                     # sums over N tokens need fp32
+            qkv = qkv.to(torch.promote_types(x.dtype, torch.float32))
+            q, k, v = qkv.transpose(1, 2).chunk(3, -1)                  # 3 x (B, h, N, 32)
+            v = F.pad(v, (0, 1), value=1.0)                             # ones: they sum to the normaliser
+            out = F.relu(q) @ (F.relu(k).mT @ v)                        # (B, h, N, 33)
+            out = out[..., :-1] / (out[..., -1:] + 1e-15)               # q = 0 gives 0, never NaN
         out = out.to(x.dtype).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return x + self.norm(self.proj(out))
 
+
 class GLUMBConv(nn.Module):
     """Inverted bottleneck (expand ratio 4) with a gated linear unit behind the depthwise convolution."""
+
     def __init__(self, dim):
         super().__init__()
         self.inverted = nn.Conv2d(dim, 8 * dim, 1)
@@ -119,101 +205,140 @@ class GLUMBConv(nn.Module):
         self.norm = RMSNorm(dim)
 
     def forward(self, x):
-        y, gate = self.depth(F.silu(self.inverted(x))).chunk(2, 1)                   # 2 x (B, 4C, H, W)
+        y, gate = self.depth(F.silu(self.inverted(x))).chunk(2, 1)      # 2 x (B, 4C, H, W)
         return x + self.norm(self.point(y * F.silu(gate)))
 
-def evit_block(dim):
-    return nn.Sequential(OrderedDict(attn=LinearAttention(dim), mlp=GLUMBConv(dim)))
+
+def make_block(config, stage, dim, in_decoder=False):
+    """1.5: ResBlocks. 1.0: EfficientViT from stage 3 on; before, ResBlocks, in the decoder with BatchNorm."""
+    if config.version == "1.0" and stage >= 3:
+        return nn.Sequential(OrderedDict(attn=LinearAttention(dim), mlp=GLUMBConv(dim)))
+    return ResBlock(dim, batchnorm_relu=config.version == "1.0" and in_decoder)
+
+
+def average_channels(x, dim):
+    """(B, C, H, W) -> (B, dim, H, W): the mean of each C / dim neighbours."""
+    return x.unflatten(1, (dim, -1)).mean(2)
+
+
+def duplicate_channels(x, dim):
+    """(B, C, H, W) -> (B, dim, H, W): each channel dim / C times."""
+    return x.repeat_interleave(dim // x.shape[1], 1)
+
 
 class Down(nn.Module):
-    """Halve H and W by space-to-channel; the shortcut does the same to x itself and averages channel groups."""
+    """Halve H and W by space-to-channel; the shortcut does the same to x itself and averages channels."""
+
     def __init__(self, dim_in, dim_out, shortcut):
         super().__init__()
-        self.conv, self.shortcut = nn.Conv2d(dim_in, dim_out // 4, 3, padding=1), shortcut
+        self.conv = nn.Conv2d(dim_in, dim_out // 4, 3, padding=1)
+        self.shortcut = shortcut
 
-    def forward(self, x):                                                            # (B, C, H, W) -> (B, dim, H/2, W/2)
+    def forward(self, x):                               # (B, C, H, W) -> (B, dim_out, H/2, W/2)
         y = F.pixel_unshuffle(self.conv(x), 2)
-        return y + F.pixel_unshuffle(x, 2).unflatten(1, (y.shape[1], -1)).mean(2) if self.shortcut else y
+        if self.shortcut:
+            y = y + average_channels(F.pixel_unshuffle(x, 2), y.shape[1])
+        return y
+
 
 class Up(nn.Module):
-    """Double H and W by channel-to-space; the shortcut duplicates channels of x (added before the shuffle: the same sums)."""
+    """Double H and W by channel-to-space; the shortcut duplicates channels, added before the shuffle."""
+
     def __init__(self, dim_in, dim_out, shortcut):
         super().__init__()
-        self.conv, self.shortcut = nn.Conv2d(dim_in, 4 * dim_out, 3, padding=1), shortcut
+        self.conv = nn.Conv2d(dim_in, 4 * dim_out, 3, padding=1)
+        self.shortcut = shortcut
 
-    def forward(self, x):                                                            # (B, C, H, W) -> (B, dim, 2H, 2W)
+    def forward(self, x):                               # (B, C, H, W) -> (B, dim_out, 2H, 2W)
         y = self.conv(x)
-        return F.pixel_shuffle(y + x.repeat_interleave(y.shape[1] // x.shape[1], 1) if self.shortcut else y, 2)
+        if self.shortcut:
+            y = y + duplicate_channels(x, y.shape[1])
+        return F.pixel_shuffle(y, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The autoencoder
 
 class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        w, depths, last = config.encoder_widths, config.encoder_depths, len(config.encoder_widths) - 1
-        old, self.shortcut = config.version == "1.0", config.shortcuts and config.version == "1.0"
-        self.project_in = Down(3, w[1], shortcut=False)                              # stage 0 is empty: straight to H/2, W/2
+        widths = config.encoder_widths
+        self.shortcut = config.latent_shortcuts()
+        self.project_in = Down(3, widths[1], shortcut=False)            # for the empty stage 0
         self.stages = nn.ModuleList()
-        for i, depth in enumerate(depths):
-            stage = [evit_block(w[i]) if old and i >= 3 else ResBlock(w[i]) for _ in range(depth)]
-            stage += [Down(w[i], w[i + 1], config.shortcuts)] if 0 < i < last else []
+        for i, depth in enumerate(config.encoder_depths):
+            stage = [make_block(config, i, widths[i]) for _ in range(depth)]
+            if 0 < i < len(widths) - 1:
+                stage.append(Down(widths[i], widths[i + 1], config.shortcuts))
             self.stages.append(nn.Sequential(*stage))
-        self.project_out = nn.Conv2d(w[-1], config.c, 3, padding=1)
+        self.project_out = nn.Conv2d(widths[-1], config.c, 3, padding=1)
 
-    def forward(self, x):                                                            # (B, 3, H, W) -> (B, c, H/f, W/f)
+    def forward(self, x):                               # (B, 3, H, W) -> (B, c, H/f, W/f)
         x = self.project_in(x)
         for stage in self.stages:
             x = stage(x)
         z = self.project_out(x)
-        return z + x.unflatten(1, (z.shape[1], -1)).mean(2) if self.shortcut else z   # channel averaging
+        if self.shortcut:
+            z = z + average_channels(x, z.shape[1])
+        return z
+
 
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        w, depths, last = config.decoder_widths, config.decoder_depths, len(config.decoder_widths) - 1
-        old, self.shortcut = config.version == "1.0", config.shortcuts and config.version == "1.0"
-        self.project_in = nn.Conv2d(config.c, w[-1], 3, padding=1)
-        self.stages = nn.ModuleList()                                                # index 0 = highest resolution, run in reverse
-        for i, depth in enumerate(depths):
-            stage = [Up(w[i + 1], w[i], config.shortcuts)] if 0 < i < last else []
-            stage += [evit_block(w[i]) if old and i >= 3 else ResBlock(w[i], batchnorm_relu=old) for _ in range(depth)]
+        widths = config.decoder_widths
+        self.shortcut = config.latent_shortcuts()
+        self.project_in = nn.Conv2d(config.c, widths[-1], 3, padding=1)
+        self.stages = nn.ModuleList()                                   # stage 0 comes last
+        for i, depth in enumerate(config.decoder_depths):
+            stage = [Up(widths[i + 1], widths[i], config.shortcuts)] if 0 < i < len(widths) - 1 else []
+            stage += [make_block(config, i, widths[i], in_decoder=True) for _ in range(depth)]
             self.stages.append(nn.Sequential(*stage))
-        self.project_out = nn.Sequential(OrderedDict(norm=RMSNorm(w[1]), act=nn.ReLU() if old else nn.SiLU(), up=Up(w[1], 3, False)))
+        act = nn.ReLU() if config.version == "1.0" else nn.SiLU()
+        up = Up(widths[1], 3, shortcut=False)
+        self.project_out = nn.Sequential(OrderedDict(norm=RMSNorm(widths[1]), act=act, up=up))
 
-    def forward(self, z):                                                            # (B, c, H/f, W/f) -> (B, 3, H, W)
+    def forward(self, z):                               # (B, c, H/f, W/f) -> (B, 3, H, W)
         x = self.project_in(z)
-        x = x + z.repeat_interleave(x.shape[1] // z.shape[1], 1) if self.shortcut else x     # channel duplicating
+        if self.shortcut:
+            x = x + duplicate_channels(z, x.shape[1])
         for stage in reversed(self.stages):
             x = stage(x)
         return self.project_out(x)
 
-# --- The autoencoder ---------------------------------------------------------------------------------------------------
-
-def channel_mask(c, c_prime, device=None):                                           # -> (1, c, 1, 1): c' ones, then zeros
-    if not 1 <= c_prime <= c:
-        raise InputError(f"c_prime={c_prime}: of a latent with {c} channels the first 1 to {c} can be kept")
-    return (torch.arange(c, device=device) < c_prime).float().view(1, c, 1, 1)
 
 class DCAE(nn.Module):
+    """The autoencoder. Its latents are unscaled: scale, 1 / rms of training latents, is multiplied once on
+    the way to the diffusion model. info: image_size, step, channels of the checkpoint that it came from."""
+
     def __init__(self, config=None):
         super().__init__()
         self.config = config or AEConfig()
-        self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
-        for m in self.modules():            # [ours] each residual branch starts at zero (toy, 1,100 steps: 22.2 -> 25.2 dB);
-            if isinstance(m, (ResBlock, LinearAttention, GLUMBConv)):                # all else is PyTorch's initialisation
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+        self.scale = 1.0
+        self.info = {}
+        # [ours] residual branches start at zero (toy, 1,100 steps: 22.2 -> 25.2 dB); all else is PyTorch's
+        for m in self.modules():
+            if isinstance(m, (ResBlock, LinearAttention, GLUMBConv)):
                 nn.init.zeros_(m.norm.weight)
-        self.scale = 1.0                    # 1 / rms of training latents: multiplied once on the way to the diffusion model
-        self.info = {}                      # image_size, step, channels, ... of the checkpoint it came from
 
-    def encode(self, img):                                                           # (B, 3, H, W) -> (B, c, H/f, W/f), unscaled
-        f, shape = self.config.f, tuple(img.shape)
-        if len(shape) != 4 or shape[1] != 3 or shape[2] % f or shape[3] % f or 0 in shape:
-            raise InputError(f"image batch of shape {shape}: (B,3,H,W) with H and W divisible by f={f} is needed")
-        return self.encoder(img.contiguous(memory_format=torch.channels_last))       # [ours] faster norms on CPU, faster convs on CUDA
+    def encode(self, img):
+        """(B, 3, H, W) -> (B, c, H/f, W/f), unscaled. InputError unless f divides H and W."""
+        f = self.config.f
+        shape = tuple(img.shape)
+        if len(shape) != 4 or shape[1] != 3 or 0 in shape or shape[2] % f or shape[3] % f:
+            raise InputError(f"images of shape {shape}: (B,3,H,W) is needed, H and W divisible by f={f}")
+        # [ours] channels last: faster norms on CPU, faster convolutions on CUDA
+        return self.encoder(img.contiguous(memory_format=torch.channels_last))
 
-    def decode(self, z):                                                             # (B, c', H/f, W/f) -> (B, 3, H, W)
+    def decode(self, z):
+        """(B, c', H/f, W/f), any c' <= c -> (B, 3, H, W). Missing channels count as zero: slice == mask."""
         missing = self.config.c - z.shape[1]
         if missing < 0:
             raise InputError(f"latent with {z.shape[1]} channels: this autoencoder has c={self.config.c}")
-        z = F.pad(z, (0, 0, 0, 0, 0, missing)) if missing else z                     # absent channels count as zero: mask == slice
+        if missing:
+            z = F.pad(z, (0, 0, 0, 0, 0, missing))
         return self.decoder(z.contiguous(memory_format=torch.channels_last))
 
     def forward(self, img, c_prime=None):
@@ -223,312 +348,256 @@ class DCAE(nn.Module):
         # DC-AE 1.5 Eq. (1): x' = D(E(x) * mask(c'))
         return self.decode(z * channel_mask(self.config.c, c_prime, z.device).to(z.dtype))
 
+    def stages(self):
+        """The modules that FSDP shards: every stage that is not empty."""
+        return [stage for stage in (*self.encoder.stages, *self.decoder.stages) if len(stage)]
+
     @classmethod
     def from_pretrained(cls, x):
-        """Our checkpoint or run folder; a published name, folder or file; a diffusers AutoencoderDC folder."""
-        file = find_weights(x)
-        tensors, meta = load_file(file), file.with_name("config.json")
-        if tensors.get("kind", "ae") != "ae":
-            raise InputError(f"{file}: a {tensors['kind']} checkpoint, an autoencoder is needed here")
-        if "kind" in tensors:                                                        # our own
-            config, state, scale = AEConfig(**tensors["config"]), tensors["model"], tensors["scale"]
-        else:
-            meta = meta.read_text() if meta.exists() else "{}"
-            state = to_ours(tensors.get("state_dict", tensors), file)
-            config = read_config(state, file)
-            known = (scale for name, scale in SCALES.items() if name in f"{file.absolute()} {meta}")
-            scale = json.loads(meta).get("scaling_factor") or next(known, 1.0)
+        """In eval mode. x: our checkpoint or run folder; a published name, folder or file (the configuration
+        is read off the tensors); a diffusers AutoencoderDC folder."""
+        file = find_weights(x, FILES, HUB)
+        content = read_weights(file)
+        read = read_ours if "kind" in content else read_published
+        config, tensors, scale, info = read(content, file)
         with torch.device("meta"):
             ae = cls(config)
         try:
-            ae.load_state_dict({k: v.to(torch.promote_types(v.dtype, torch.float32) if v.is_floating_point() else v.dtype, copy=True)
-                                for k, v in state.items()}, assign=True)
+            ae.load_state_dict({name: own_copy(t) for name, t in tensors.items()}, assign=True)
         except RuntimeError as e:
             raise InputError(f"{file}: not a DC-AE 1.0 or 1.5: {' '.join(str(e).split())[:90]}") from None
         ae.scale = float(scale)
-        ae.info = {k: tensors[k] for k in ("image_size", "step", "channels") if k in tensors}
-        return ae.requires_grad_(True).eval()
+        ae.info = info
+        return ae.eval()
 
     def save_pretrained(self, folder):
         """The diffusers layout: diffusers.AutoencoderDC.from_pretrained(folder) runs it."""
-        cfg, old = self.config, self.config.version == "1.0"
-        if not cfg.shortcuts:
-            raise InputError("save_pretrained: diffusers' AutoencoderDC cannot switch the shortcuts off; keep our checkpoint")
-        n, folder = len(cfg.encoder_widths), Path(folder)
-        blocks = ["EfficientViTBlock" if old and i >= 3 else "ResBlock" for i in range(n)]
-        meta = {"_class_name": "AutoencoderDC", "in_channels": 3, "latent_channels": cfg.c, "attention_head_dim": 32,
-                "encoder_block_types": blocks, "decoder_block_types": blocks,
-                "encoder_block_out_channels": cfg.encoder_widths, "decoder_block_out_channels": cfg.decoder_widths,
-                "encoder_layers_per_block": cfg.encoder_depths, "decoder_layers_per_block": cfg.decoder_depths,
-                "encoder_qkv_multiscales": [[]] * n, "decoder_qkv_multiscales": [[]] * n,
-                "upsample_block_type": "pixel_shuffle", "downsample_block_type": "pixel_unshuffle",
-                "decoder_norm_types": ["batch_norm" if old and i < 3 else "rms_norm" for i in range(n)],
-                "decoder_act_fns": ["relu" if old and i < 3 else "silu" for i in range(n)],
-                "encoder_out_shortcut": old, "decoder_in_shortcut": old, "decoder_conv_act_fn": "relu" if old else "silu",
-                "scaling_factor": self.scale}
+        if not self.config.shortcuts:
+            raise InputError("save_pretrained: diffusers' AutoencoderDC always has the shortcuts")
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors().torch.save_file(to_diffusers(self.state_dict()), folder / "diffusion_pytorch_model.safetensors")
-        (folder / "config.json").write_text(json.dumps(meta, indent=2) + "\n")
+        tensors = to_diffusers(self.state_dict())
+        import_safetensors().torch.save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+        settings = {**diffusers_settings(self.config), "scaling_factor": self.scale}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
-# --- Files. Tensor names: ours, official (DC-Gen, efficientvit), diffusers; # is a stage or block number ---------------
 
-BLOCKS = (("conv", "main.conv.conv", "conv"),
-          ("conv1", "main.conv1.conv", "conv1"),
-          ("conv2", "main.conv2.conv", "conv2"),
-          ("norm", "main.conv2.norm", "norm"),
-          ("attn.qkv", "context_module.main.qkv.conv", "attn.to_qkv"),               # in diffusers' files: to_q, to_k, to_v
-          ("attn.proj", "context_module.main.proj.conv", "attn.to_out"),
-          ("attn.norm", "context_module.main.proj.norm", "attn.norm_out"),
-          ("mlp.inverted", "local_module.main.inverted_conv.conv", "conv_out.conv_inverted"),
-          ("mlp.depth", "local_module.main.depth_conv.conv", "conv_out.conv_depth"),
-          ("mlp.point", "local_module.main.point_conv.conv", "conv_out.conv_point"),
-          ("mlp.norm", "local_module.main.point_conv.norm", "conv_out.norm"))
-NAMES = (("encoder.project_in.conv", "encoder.project_in.conv.conv", "encoder.conv_in.conv"),
-         ("encoder.project_out", "encoder.project_out.op_list.0.conv", "encoder.conv_out"),     # 1.0: project_out.main.op_list
-         ("decoder.project_in", "decoder.project_in.conv", "decoder.conv_in"),                  # 1.0: project_in.main.conv
-         ("decoder.project_out.norm", "decoder.project_out.op_list.0", "decoder.norm_out"),
-         ("decoder.project_out.up.conv", "decoder.project_out.op_list.2.conv.conv", "decoder.conv_out.conv"),
-         *((f"encoder.stages.#.#.{a}", f"encoder.stages.#.op_list.#.{b}", f"encoder.down_blocks.#.#.{c}") for a, b, c in BLOCKS),
-         *((f"decoder.stages.#.#.{a}", f"decoder.stages.#.op_list.#.{b}", f"decoder.up_blocks.#.#.{c}") for a, b, c in BLOCKS))
-OURS, OFFICIAL, DIFFUSERS = range(3)
-SCALES = {"dc-ae-f32c32-in-1.0": 0.3189, "dc-ae-f64c128-in-1.0": 0.2889, "dc-ae-f64c128-1.5": 0.5935}     # [DC-Gen, published]
-WEIGHTS = ("ckpt.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors",
-           "pytorch_model.bin", "model.pt")
-
-def rename(name, src, dst):
-    stem, leaf = name.rsplit(".", 1)
-    m = re.match(r"(.*(?:stages|blocks)\.)(\d+)((?:\.op_list)?\.)(\d+)(\..*)", stem)
-    new = {row[src]: row[dst] for row in NAMES}[f"{m[1]}#{m[3]}#{m[5]}" if m else stem]
-    for number in m.group(2, 4) if m else ():
-        new = new.replace("#", number, 1)
-    return f"{new}.{leaf}"
-
-def to_ours(state, file):
-    """Official or diffusers tensors -> ours."""
-    src, ours = DIFFUSERS if any("_blocks." in name for name in state) else OFFICIAL, {}
-    try:
-        for name, t in state.items():
-            if ".attn.to_q." in name:                                                # diffusers cuts the fused qkv rows in thirds
-                t = torch.cat([t, state[name.replace("to_q", "to_k")], state[name.replace("to_q", "to_v")]])
-            if ".attn.to_" in name:
-                t = t[:, :, None, None]                                              # Linear -> 1x1 convolution
-            if ".attn.to_k." not in name and ".attn.to_v." not in name:              # these went with to_q
-                ours[rename(re.sub(r"(project_\w+)\.main\.", r"\1.", name.replace("to_q.", "to_qkv.")), src, OURS)] = t
-    except (KeyError, ValueError):
-        raise InputError(f"{file}: unknown tensor {name[:60]!r}, not a DC-AE 1.0 or 1.5 (sana variants are not read)") from None
-    return ours
-
-def to_diffusers(state):
-    theirs = {}
-    for name, t in state.items():
-        name, t = rename(name, OURS, DIFFUSERS), t.detach().contiguous()
-        t = t[:, :, 0, 0] if ".attn.to_" in name else t
-        thirds = zip(("to_q.", "to_k.", "to_v."), t.chunk(3)) if "to_qkv." in name else [("to_qkv.", t)]
-        theirs |= {name.replace("to_qkv.", x): part.clone() for x, part in thirds}
-    return theirs
-
-def read_config(state, file):
-    """The configuration, off names and shapes: every block has one norm (EViT blocks: attn.norm), as wide as its stage."""
-    found = {"encoder": {}, "decoder": {}}
-    for name, t in state.items():
-        if m := re.fullmatch(r"(encoder|decoder)\.stages\.(\d+)\.\d+\.(attn\.)?norm\.weight", name):
-            found[m[1]].setdefault(int(m[2]), []).append(len(t))
-    n = max(found["encoder"], default=0) + 1
-    if n < 3 or "encoder.project_out.bias" not in state or any(sorted(side) != list(range(1, n)) for side in found.values()):
-        raise InputError(f"{file}: not a complete DC-AE 1.0 or 1.5 (encoder and decoder, empty stage 0; sana variants are not read)")
-    version = "1.0" if any(name.endswith("running_mean") for name in state) else "1.5"
-    size = {}
-    for side, stages in found.items():
-        size[side + "_widths"] = (stages[1][0] // 2, *(stages[i][0] for i in range(1, n)))      # stage 0 has no tensors
-        size[side + "_depths"] = (0, *(len(stages[i]) for i in range(1, n)))
-    return AEConfig(2 ** (n - 1), len(state["encoder.project_out.bias"]), version, size["encoder_widths"][0], **size)
-
-def safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise InputError(".safetensors files need one more package: pip install safetensors") from None
-    return safetensors
-
-def load_file(file):
-    """A dict of tensors, or one of our checkpoints; memory-mapped, so that a checkpoint's optimiser costs nothing here."""
-    safe = safetensors() if file.suffix == ".safetensors" else None
-    broken = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) + ((safe.SafetensorError,) if safe else ())
-    try:
-        if safe:
-            return safe.torch.load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except broken as e:
-        raise InputError(f"{file}: truncated, or not a file of plain tensors ({type(e).__name__})") from None
-    if not isinstance(tensors, dict):
-        raise InputError(f"{file}: holds a {type(tensors).__name__}, a checkpoint (dict) is needed")
-    return tensors
-
-def find_weights(x):
-    """A file, a folder, or a published name (downloaded once into torch.hub's folder) -> the weights' file."""
-    path = Path(x)
-    if not path.exists() and re.fullmatch(r"(mit-han-lab|dc-ai)/dc-ae-[\w.-]+", str(x)):
-        path = Path(torch.hub.get_dir(), "checkpoints", str(x).replace("/", "--"))
-        path.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS[1], "config.json") if str(x).endswith("-diffusers") else ("model.safetensors",):
-            url = f"https://huggingface.co/{x}/resolve/main/{name}"
-            if not (path / name).exists():
-                print(f"downloading {url}")
-                try:
-                    torch.hub.download_url_to_file(url, str(path / name), progress=sys.stderr.isatty())
-                except OSError:                                                      # urllib's errors are OSErrors
-                    raise InputError(f"no download: fetch {url} into {path}") from None
-    if path.is_dir():
-        path = next((path / name for name in WEIGHTS if (path / name).exists()), path)
-    if not path.is_file():
-        raise InputError(f"{x}: no checkpoint there (a file, a run folder, a published folder, or a name like dc-ai/dc-ae-f64c128-1.5)")
-    return path
-
-def read_checkpoint(path):
-    """Our own checkpoint (a dict with "kind"): a file, or the run folder that holds ckpt.pt."""
-    file = find_weights(path)
-    ckpt = load_file(file)
-    if "kind" not in ckpt:
-        raise InputError(f"{file}: not a checkpoint of this repository (published weights: DCAE.from_pretrained)")
-    return ckpt
-
-class DiffusersKL(nn.Module):
-    """A diffusers AutoencoderKL (SD-VAE-f8c4, Flux-VAE-f8c16: the paper's Table 4) behind DCAE's names."""
-    def __init__(self, x):
-        super().__init__()
-        try:
-            from diffusers import AutoencoderKL
-            self.vae = AutoencoderKL.from_pretrained(x)
-        except (ImportError, OSError, ValueError) as e:
-            raise InputError(f"{x}: no such folder, nor a diffusers AutoencoderKL ({' '.join(str(e).split())[:80]})") from None
-        config = self.vae.config
-        self.config = SimpleNamespace(f=2 ** (len(config.block_out_channels) - 1), c=config.latent_channels, version="kl")
-        self.scale, self.shift, self.info = float(config.scaling_factor), float(config.shift_factor or 0), {}
-
-    def encode(self, img):
-        return self.vae.encode(img).latent_dist.mean - self.shift
-
-    def decode(self, z):
-        return self.vae.decode(z + self.shift).sample
-
-def open_autoencoder(x):
-    """DCAE, or a diffusers AutoencoderKL where x is the folder or hub name of one."""
-    config = Path(x, "config.json")
-    hub = re.fullmatch(r"(?!out/)[\w.-]+/[\w.-]+", str(x)) and "dc-ae" not in str(x) and not Path(x).parent.exists()      # out/: runs of ours
-    kl = hub or config.exists() and "AutoencoderKL" in config.read_text()
-    return DiffusersKL(x).eval() if kl else DCAE.from_pretrained(x)
-
-def fingerprint(module):
-    """A short hash of all tensors: a latent cache remembers which weights wrote it."""
-    h = hashlib.sha256()
-    for name, t in sorted(module.state_dict().items()):
-        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return h.hexdigest()[:16]
-
-# --- Images ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Images: folders and files
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)        # what PIL raises on broken files
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what PIL raises
 
-def read_image(path, at_least=None):
-    """Any file -> PIL RGB. at_least: a JPEG may be decoded smaller, both sides still >= that (for the train crop)."""
-    img = Image.open(path)
-    if at_least:
-        img.draft(None, (at_least, at_least))
-    img = ImageOps.exif_transpose(img)
-    if img.mode.startswith("I"):                                                     # 16-bit greyscale: 0..65535 -> 0..255
-        img = Image.fromarray((np.asarray(img).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if img.mode in ("RGBA", "LA", "PA") or "transparency" in img.info:
-        img = img.convert("RGBA")
-        img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-    return img.convert("RGB")
 
-def center_crop(img, size):
-    """ADM's centre crop: halve by box while >= 2x, bicubic to the short side, cut the middle."""
-    while min(img.size) >= 2 * size:
-        img = img.resize((img.width // 2, img.height // 2), Image.BOX)
-    k = size / min(img.size)
-    img = img.resize((round(img.width * k), round(img.height * k)), Image.BICUBIC)
-    x, y = (img.width - size) // 2, (img.height - size) // 2
-    return img.crop((x, y, x + size, y + size))
+def open_images(path, size, train=False, seed=0):
+    """A folder, or "toy" -> Dataset of (img (3, size, size), int label), with .num_classes, .classes.
+    train: random crops and mirrors, drawn from `seed`. InputError: no folder, or no readable image in it."""
+    if size < 1:
+        raise InputError(f"--image_size {size}: must be positive")
+    if str(path) == "toy":
+        return ToyImages(size, train)
+    if not os.path.isdir(path):
+        raise InputError(f"--data {path}: no such folder (images, or one folder per class; or toy)")
+    return ImageFolder(path, size, train, seed)
 
-def train_crop(img, size, rng):
-    """[ours] short side drawn from [size, 1.25 size], a random square of size x size in it, mirrored half of the time."""
-    side = min(img.size) / rng.uniform(1, 1.25)
-    x, y = rng.random() * (img.width - side), rng.random() * (img.height - side)
-    img = img.resize((size, size), Image.BICUBIC, box=(x, y, x + side, y + side))
-    return ImageOps.mirror(img) if rng.random() < 0.5 else img
 
-def to_float(img):                                                                   # PIL RGB -> float (3, H, W) in [-1, 1]
-    return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+def evenly_spaced(data, num=None):
+    """`num` indices over all class folders; of toy images, whose classes take turns, the first ones."""
+    n = min(num or len(data), len(data))
+    if isinstance(data, ToyImages):
+        return list(range(n))
+    return [i * len(data) // n for i in range(n)]
 
-def to_uint8(img):                                                                   # float (B, 3, H, W) -> uint8 (B, H, W, 3)
-    return ((img.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 class Images(torch.utils.data.Dataset):
-    """data[i] = data.get(i, i); data.get(i, key): the image at i, its augmentation drawn from (seed, key)."""
-    def __getitem__(self, i):
-        return self.get(i, i)
+    """get_batch(indices, keys) -> img (B, 3, size, size), label (B,); (seed, key) decides the random crop."""
 
-    def __getitems__(self, indices):                                                 # DataLoader's batched fetch
-        img, label = self.get_batch(indices, indices)
-        return list(zip(img, label.tolist()))
+    def __getitem__(self, i):
+        img, label = self.get_batch([i], [i])
+        return img[0], label.item()
+
 
 class ImageFolder(Images):
     """Class folders (labels follow the sorted names) or a flat folder (num_classes 0, label 0)."""
+
     def __init__(self, path, size, train, seed):
-        self.size, self.train, self.seed, found = size, train, seed, []
-        for root, folders, names in os.walk(path, followlinks=True):
-            folders[:] = sorted(x for x in folders if x[0] != ".")
-            top = os.path.relpath(root, path).split(os.sep)[0]                       # the class folder; "." at the top
-            found += [(os.path.join(root, x), top) for x in sorted(names) if x[0] != "." and os.path.splitext(x)[1].lower() in SUFFIXES]
-        self.classes = sorted({top for _, top in found} - {"."})
-        self.num_classes, number = len(self.classes), {name: i for i, name in enumerate(self.classes)}
-        pairs = [(file, number.get(top, 0)) for file, top in found if top in number or not number]
-        if len(pairs) < len(found):
-            print(f"{path}: {len(found) - len(pairs)} images beside the class folders are left out")
-        if not pairs:
-            raise InputError(f"--data {path}: no images there ({' '.join(sorted(SUFFIXES))}), nor in its folders")
-        self.files, self.labels = zip(*pairs)
-        self.bad = torch.zeros(len(pairs), dtype=torch.bool).share_memory_()         # workers see it: each file is named once
+        self.size = size
+        self.train = train
+        self.seed = seed
+        self.at_least = 2 * size if train else None                     # all that a train crop needs
+        found = list_images(path)
+        self.classes = sorted({folder for _, folder in found} - {"."})
+        self.num_classes = len(self.classes)
+        if self.classes:
+            number = {name: i for i, name in enumerate(self.classes)}
+            labelled = [(file, number[folder]) for file, folder in found if folder in number]
+        else:
+            labelled = [(file, 0) for file, _ in found]
+        if len(labelled) < len(found):
+            print(f"{path}: {len(found) - len(labelled)} images beside the class folders are left out")
+        if not labelled:
+            raise InputError(f"--data {path}: no images in there ({' '.join(sorted(SUFFIXES))})")
+        self.files, self.labels = zip(*labelled)
+        self.bad = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()   # between loader processes
         self.read(0)
-
-    def read(self, i):
-        """The image at i, or, where that is unreadable, at the next readable index."""
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        for j in range(len(self)):
-            j = (i + j) % len(self)
-            try:
-                if not self.bad[j]:
-                    return read_image(self.files[j], 2 * self.size if self.train else None), self.labels[j]
-            except UNREADABLE as e:
-                self.bad[j] = True
-                print(f"{self.files[j]}: unreadable, replaced by the next image ({str(e)[:60]})", file=sys.stderr)
-        raise InputError(f"--data {Path(self.files[0]).parent}: none of the {len(self)} images can be read")
-
-    def get(self, i, key):
-        (img, label), rng = self.read(int(i)), np.random.default_rng((self.seed, int(key)))
-        return to_float(train_crop(img, self.size, rng) if self.train else center_crop(img, self.size)), label
-
-    def get_batch(self, indices, keys):
-        img, label = zip(*map(self.get, indices, keys))
-        return torch.stack(img), torch.tensor(label)
 
     def __len__(self):
         return len(self.files)
 
+    def get_batch(self, indices, keys):
+        imgs, labels = [], []
+        for i, key in zip(indices, keys):
+            image, label = self.read(int(i))
+            if self.train:
+                image = train_crop(image, self.size, np.random.default_rng((self.seed, int(key))))
+            else:
+                image = center_crop(image, self.size)
+            imgs.append(to_float(image))
+            labels.append(label)
+        return torch.stack(imgs), torch.tensor(labels)
+
+    def read(self, i):
+        """The image at i and its label; where that is unreadable, those of the next readable index."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        for k in range(len(self)):
+            j = (i + k) % len(self)
+            if self.bad[j]:
+                continue
+            try:
+                return read_image(self.files[j], self.at_least), self.labels[j]
+            except UNREADABLE as e:
+                self.bad[j] = True                                      # so that it is named once
+                text = f"{self.files[j]}: unreadable, replaced by the next image ({str(e)[:60]})"
+                print(text, file=sys.stderr)
+        raise InputError(f"--data {Path(self.files[0]).parent}: none of the {len(self)} images can be read")
+
+
+def list_images(path):
+    """(file, class folder or "." at the top) in sorted order. Links are followed, hidden names skipped."""
+    found = []
+    for root, folders, names in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folder = os.path.relpath(root, path).split(os.sep)[0]
+        for name in sorted(names):
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
+                found.append((os.path.join(root, name), folder))
+    return found
+
+
+def read_image(path, at_least=None):
+    """Any file -> PIL RGB, turned by its EXIF, transparency over white. Raises UNREADABLE.
+    at_least: a JPEG may be decoded smaller, which is faster; both sides stay >= that."""
+    image = Image.open(path)
+    if at_least:
+        image.draft(None, (at_least, at_least))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                                      # 16-bit greyscale: 0..65535 -> 0..255
+        deep = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((deep / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """ADM's centre crop: halve by box while >= 2x, bicubic to the short side, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    k = size / min(image.size)
+    image = image.resize((round(image.width * k), round(image.height * k)), Image.BICUBIC)
+    x = (image.width - size) // 2
+    y = (image.height - size) // 2
+    return image.crop((x, y, x + size, y + size))
+
+
+def train_crop(image, size, rng):
+    """[ours] Short side drawn from [size, 1.25 size], in it a random square, mirrored half of the time."""
+    side = min(image.size) / rng.uniform(1, 1.25)                       # of the square, in the given image
+    x = rng.random() * (image.width - side)
+    y = rng.random() * (image.height - side)
+    image = image.resize((size, size), Image.BICUBIC, box=(x, y, x + side, y + side))
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def to_float(image):
+    """PIL RGB -> img (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(img):
+    """img (B, 3, H, W) -> pixels, uint8 (B, H, W, 3): clipped, rounded to nearest."""
+    pixels = ((img.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def save_grid(pixels, path, ncol, titles=None, rows=None):
+    """(B, H, W, 3), or a list of (H, W, 3) -> PNG, ncol in a row. titles, rows: captions of columns, rows."""
+    H = max(tile.shape[0] for tile in pixels)
+    W = max(tile.shape[1] for tile in pixels)
+    zoom = max(1, 64 // max(H, W))                                      # tiny pictures are enlarged
+    step_x = zoom * W + 2
+    step_y = zoom * H + 2
+    left = 8 + 6 * max(map(len, rows)) if rows else 0                   # room for captions
+    top = 14 if titles else 0
+    sheet = Image.new("RGB", (left + ncol * step_x, top + math.ceil(len(pixels) / ncol) * step_y), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(10)
+    for i, tile in enumerate(pixels):
+        x = left + i % ncol * step_x
+        y = top + i // ncol * step_y
+        image = Image.fromarray(np.asarray(tile))
+        sheet.paste(image.resize((zoom * image.width, zoom * image.height), Image.NEAREST), (x, y))
+        if rows and i % ncol == 0:
+            draw.text((2, y + zoom * H // 2 - 6), rows[i // ncol], "black", font)
+        if titles and i < ncol:
+            draw.text((x + 2, 1), titles[i], "black", font)
+    sheet.save(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Toy images [ours]: functions of their index, an object (structure) under stripes and grain (detail)
+
+def splitmix64(state, n=0):
+    """Random int64: number n = 0, 1, ... of the generator in `state` [Steele, Lea, Flood 2014]. Of ints or
+    int64 tensors; keys the noise of diffusion.py too."""
+    def xor_shift(x, k):
+        return x ^ ((x >> k) & (2 ** (64 - k) - 1))                     # the mask: >> repeats the sign bit
+
+    x = state + (n + 1) * (0x9E3779B97F4A7C15 - 2**64)                  # the published constants, as signed
+    x = xor_shift(x, 30) * (0xBF58476D1CE4E5B9 - 2**64)                 # numbers; all of it wraps around
+    x = xor_shift(x, 27) * (0x94D049BB133111EB - 2**64)
+    return xor_shift(x, 31)
+
+
+def hash_uniform(index, n, salt):
+    """index (B,) int64 -> (B, n) fp32 in [0, 1), a function of index and salt."""
+    counter = index[:, None] * n + torch.arange(n) + (salt << 48)
+    return ((splitmix64(0, counter) >> 40) & (2**24 - 1)).float() * 2.0**-24
+
+
 def box(x, y, a, b):
     return torch.maximum(x.abs() - a, y.abs() - b)
 
-def star(x, y):                                                                      # tips at radius 1, dents at 0.45
-    angle = torch.remainder(torch.atan2(x, -y) + math.pi / 5, math.pi / 2.5) - math.pi / 5      # folded into one tip's sector
-    r, ex, ey = torch.hypot(x, y), 0.45 * math.sin(math.pi / 5), 0.45 * math.cos(math.pi / 5) - 1      # edge: tip to dent
-    return ((r * angle.cos() - 1) * ex - r * angle.sin().abs() * ey) / math.hypot(ex, ey)
 
-# Signed distances (negative inside) to ten objects in the unit disk, y down [ours]. No one is another turned by up to 12 degrees,
-# so that every picture shows its class.
+def star(x, y):
+    """Five tips at radius 1, five dents at 0.45."""
+    angle = torch.remainder(torch.atan2(x, -y) + math.pi / 5, math.pi / 2.5) - math.pi / 5
+    r = torch.hypot(x, y)                                               # angle: folded into one tip's sector
+    edge_x = 0.45 * math.sin(math.pi / 5)                               # from tip to dent
+    edge_y = 0.45 * math.cos(math.pi / 5) - 1
+    return ((r * angle.cos() - 1) * edge_x - r * angle.sin().abs() * edge_y) / math.hypot(edge_x, edge_y)
+
+
+def heart(x, y):
+    lobe = torch.hypot(x.abs() - 0.42, y + 0.3) - 0.48
+    tip = torch.maximum((x.abs() + (y - 0.04).abs()) * 0.707 - 0.537, -0.3 - y)
+    return torch.minimum(lobe, tip)
+
+
+# Signed distances (negative inside) to ten objects in the unit disk, y down. None is another one turned by up
+# to 12 degrees: every picture shows its class.
 SHAPES = {
     "disk": lambda x, y: torch.hypot(x, y) - 0.85,
     "ring": lambda x, y: (torch.hypot(x, y) - 0.70).abs() - 0.22,
@@ -538,145 +607,444 @@ SHAPES = {
     "star": star,
     "moon": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.9, 0.72 - torch.hypot(x - 0.45, y)),
     "hourglass": lambda x, y: torch.maximum(y.abs() - 0.88, (x.abs() - y.abs() - 0.06) * 0.707),
-    "heart": lambda x, y: torch.minimum(torch.hypot(x.abs() - 0.42, y + 0.3) - 0.48,
-                                        torch.maximum((x.abs() + (y - 0.04).abs()) * 0.707 - 0.537, -0.3 - y)),
+    "heart": heart,
     "bars": lambda x, y: box(x, y.abs() - 0.52, 0.85, 0.26),
 }
-COLOURS = torch.tensor([[0.9, 0.3, 0.25], [0.3, 0.75, 0.3], [0.3, 0.45, 0.95], [0.9, 0.8, 0.25], [0.85, 0.4, 0.85], [0.3, 0.8, 0.85]])
+COLOURS = torch.tensor([[0.9, 0.3, 0.25], [0.3, 0.75, 0.3], [0.3, 0.45, 0.95],
+                        [0.9, 0.8, 0.25], [0.85, 0.4, 0.85], [0.3, 0.8, 0.85]])
 
-def hash_uniform(index, n, salt):
-    """(B,) indices -> (B, n) float32 numbers in [0, 1): splitmix64's finaliser over a counter."""
-    x = np.asarray(index, np.uint64)[:, None] * np.uint64(n) + np.arange(n, dtype=np.uint64) + np.uint64(salt << 48)
-    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / 2 ** 24)
 
 class ToyImages(Images):
-    """Pictures drawn from their index: one of ten objects (the class) under fine stripes and grain (detail), on plain dark ground."""
-    classes, num_classes = list(SHAPES), len(SHAPES)
+    """One of ten objects (the class) on plain dark ground, the same picture at any size. No use for keys."""
+    classes = list(SHAPES)
+    num_classes = len(SHAPES)
 
     def __init__(self, size, train):
-        self.size, self.train = size, train
-
-    def get_batch(self, indices, keys=None):                                         # keys: unused, each index is a new picture
-        S, index = self.size, np.asarray(indices, np.int64)
-        if index.min() < 0 or index.max() >= len(self):
-            raise IndexError(f"toy images are numbered 0 to {len(self) - 1}")
-        label, u = torch.from_numpy(index % 10), hash_uniform(index, 9, 1 + self.train)[:, :, None, None]      # u[:, k]: (B, 1, 1)
-        radius, turn = 0.26 + 0.14 * u[:, 0], math.radians(24) * (u[:, 1] - 0.5)     # in picture widths; up to 12 degrees
-        px = ((torch.arange(S) + 0.5) / S)[None]                                     # pixel centres (1, S)
-        x, y = px[:, None, :], px[:, :, None]                                        # (1, 1, S), (1, S, 1)
-        cycles, tilt = 6 + 2 * u[:, 2], math.pi * u[:, 3]                            # stripes across the picture
-        stripes = (2 * math.pi * (cycles * (x * tilt.cos() + y * tilt.sin()) + u[:, 4])).sin()[:, None]        # (B, 1, S, S)
-        x, y = ((p - radius - (1 - 2 * radius) * u[:, k]) / radius for p, k in ((x, 5), (y, 6)))
-        x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()      # (B, S, S): the object's own frame
-        distance = torch.empty_like(x)
-        for k, shape in enumerate(SHAPES.values()):
-            rows = label == k
-            distance[rows] = shape(x[rows], y[rows])
-        inside = (0.5 - distance * radius * S).clamp(0, 1)[:, None]                  # (B, 1, S, S), antialiased over one pixel
-        grain = hash_uniform(index, S * S, 3 + self.train).view(-1, 1, S, S) - 0.5
-        colour = COLOURS[(u[:, 7, 0, 0] * len(COLOURS)).long()][:, :, None, None]
-        ground = 0.06 + 0.12 * u[:, 8:9]
-        return 2 * (ground + inside * (colour * (0.85 + 0.15 * stripes) - ground) + 0.02 * grain) - 1, label
-
-    def get(self, i, key=None):
-        img, label = self.get_batch([i])
-        return img[0], int(label)
+        self.size = size
+        self.train = train
 
     def __len__(self):
         return 1_000_000
 
-def open_images(path, size, train=False, seed=0):
-    """A folder of images, or "toy" -> Dataset of (float (3, size, size) in [-1, 1], label)."""
-    if size < 1:
-        raise InputError(f"--image_size {size}: must be positive")
-    if str(path) != "toy" and not os.path.isdir(path):
-        raise InputError(f"--data {path}: no such folder (images, or one folder per class; or toy)")
-    return ToyImages(size, train) if str(path) == "toy" else ImageFolder(path, size, train, seed)
+    def get_batch(self, indices, keys=None):
+        S = self.size
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        if index.min() < 0 or index.max() >= len(self):
+            raise IndexError(f"toy images are numbered 0 to {len(self) - 1}")
+        label = index % len(SHAPES)
+        u = hash_uniform(index, 9, 1 + self.train)[:, :, None, None]    # u[:, k]: (B, 1, 1)
+        radius = 0.26 + 0.14 * u[:, 0]                                  # in picture widths
+        turn = math.radians(24) * (u[:, 1] - 0.5)                       # up to 12 degrees
+        pixel = ((torch.arange(S) + 0.5) / S)[None]                     # centres of pixels, (1, S)
+        x = pixel[:, None, :]                                           # (1, 1, S)
+        y = pixel[:, :, None]                                           # (1, S, 1)
 
-def save_grid(img, path, ncol, titles=None, rows=None):
-    """uint8 tiles (B, H, W, 3), or a list of (H, W, 3) -> PNG, ncol in a row; titles: captions of columns, rows: of rows."""
-    H, W = (max(t.shape[k] for t in img) for k in (0, 1))
-    k = max(1, 64 // max(H, W))                                                      # tiny pictures: enlarged k times
-    top, left = 14 if titles else 0, 8 + 6 * max(map(len, rows)) if rows else 0
-    sheet = Image.new("RGB", (left + ncol * (k * W + 2), top + -(-len(img) // ncol) * (k * H + 2)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    for i, tile in enumerate(img):
-        x, y = left + i % ncol * (k * W + 2), top + i // ncol * (k * H + 2)
-        tile = Image.fromarray(np.asarray(tile))
-        sheet.paste(tile.resize((k * tile.width, k * tile.height), Image.NEAREST), (x, y))
-        if rows and i % ncol == 0:
-            draw.text((2, y + k * H // 2 - 6), rows[i // ncol], "black", font)
-        if titles and i < ncol:
-            draw.text((x + 2, 1), titles[i], "black", font)
-    sheet.save(path)
+        # Stripes across the whole picture
+        cycles = 6 + 2 * u[:, 2]
+        tilt = math.pi * u[:, 3]
+        phase = cycles * (x * tilt.cos() + y * tilt.sin()) + u[:, 4]    # (B, S, S)
+        stripes = (2 * math.pi * phase).sin()[:, None]                  # (B, 1, S, S)
 
-# --- The paper's figures -----------------------------------------------------------------------------------------------
+        # The object, in its own frame
+        x = (x - radius - (1 - 2 * radius) * u[:, 5]) / radius
+        y = (y - radius - (1 - 2 * radius) * u[:, 6]) / radius
+        x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()             # (B, S, S)
+        distance = torch.empty_like(x)
+        for k, shape in enumerate(SHAPES.values()):
+            rows = label == k
+            distance[rows] = shape(x[rows], y[rows])
+        inside = (0.5 - distance * radius * S).clamp(0, 1)[:, None]     # antialiased over one pixel
 
-def parse_channels(text, c):
-    """"16:128:4" (both ends count), "16,32,64" or "64" -> sorted list; None -> the paper's 16, 20, ..., c. A number given
-    twice stays twice: c' is drawn uniformly from the list, so that "16,32,64,64" takes 64 in half of the steps."""
-    if text is None:
-        return [*range(16, c, 4), c]
+        # Colours in [0, 1]
+        colour = COLOURS[(u[:, 7, 0, 0] * len(COLOURS)).long()][:, :, None, None]           # (B, 3, 1, 1)
+        ground = 0.06 + 0.12 * u[:, 8:9]                                # (B, 1, 1, 1)
+        grain = hash_uniform(index, S * S, 3 + self.train).view(-1, 1, S, S) - 0.5
+        picture = ground + inside * (colour * (0.85 + 0.15 * stripes) - ground) + 0.02 * grain
+        return 2 * picture - 1, label
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weight files: the only finder and readers of this repository
+
+FILES = ("ckpt.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+         "model.safetensors", "pytorch_model.bin", "model.pt")          # what a folder is searched for
+HUB = (r"(mit-han-lab|dc-ai)/dc-ae-[\w.-]+", "dc-ai/dc-ae-f64c128-1.5")        # published names, and one
+BROKEN = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)    # torch.load's
+
+
+def find_weights(x, names, hub):
+    """x: a file, a folder, or a published name -> Path of the file.
+    names: what a folder is searched for, in order, * allowed. hub: like HUB, what is downloaded."""
+    path = Path(x)
+    pattern, example = hub
+    if not path.exists() and re.fullmatch(pattern, str(x)):
+        path = download(str(x))
+    if path.is_dir():
+        found = [file for name in names for file in sorted(path.glob(name))]
+        if not found:
+            raise InputError(f"{x}: no {names[0]}, {names[1]} or the like in this folder")
+        return found[0]
+    if not path.exists():
+        raise InputError(f"{x}: no such checkpoint (a file, a folder, or a published name like {example})")
+    return path
+
+
+def download(name):
+    """A name on the Hugging Face hub -> the folder below torch.hub's that holds its files, fetched once."""
+    folder = Path(torch.hub.get_dir(), "checkpoints", name.replace("/", "--"))
+    folder.mkdir(parents=True, exist_ok=True)
+    files = ["model.safetensors"]
+    if name.endswith("-diffusers"):
+        files = ["diffusion_pytorch_model.safetensors", "config.json"]
+    for file in files:
+        if (folder / file).exists():
+            continue
+        url = f"https://huggingface.co/{name}/resolve/main/{file}"
+        print(f"downloading {url}")
+        try:
+            torch.hub.download_url_to_file(url, str(folder / file), progress=sys.stderr.isatty())
+        except OSError:                                                 # urllib's errors are OSErrors
+            raise InputError(f"no download: fetch {url} into {folder}") from None
+    return folder
+
+
+def read_weights(file):
+    """Path -> dict of tensors and plain values. Memory-mapped: what is not used, costs nothing."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
     try:
-        part = [int(x) for x in re.split("[:,]", str(text))]
-        channels = list(range(part[0], part[1] + 1, *part[2:])) if ":" in str(text) else part
-    except (ValueError, TypeError):
-        raise InputError(f"--channels {text}: write 16:128:4, or 16,32,64, or one number") from None
-    if not channels or min(channels) < 1 or max(channels) > c:
-        raise InputError(f"--channels {text}: the numbers must lie in 1..{c}, the autoencoder's channels")
-    return sorted(channels)
+        with torch.serialization.safe_globals([argparse.Namespace]):    # in DiT's and SiT's files
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except BROKEN as e:
+        raise InputError(f"{file}: truncated, or not a file of plain tensors ({type(e).__name__})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: holds a {type(content).__name__}, a checkpoint (dict) is needed")
+    return content
 
-def grey(x):                                                                         # (n, h, w) -> uint8 (n, h, w, 3), each map black..white
-    low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
-    return ((x - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8).cpu()[..., None].expand(-1, -1, -1, 3)
 
-@torch.no_grad()
-def figures(args):
-    models = {which: DCAE.from_pretrained(x).to(args.device) for which, x in (("A", args.ckpt), ("B", args.ckpt2)) if x}
-    c, size, pictures = min(ae.config.c for ae in models.values()), args.image_size, []
-    if size is not None and size < 1:
-        raise InputError(f"--image_size {size}: must be positive")
-    channels = sorted(set(parse_channels(args.channels or ",".join(str(max(1, c // k)) for k in (8, 4, 2, 1)), c)))
-    for path in args.images:
+def own_copy(t):
+    """Off a memory-mapped file; floats become fp32, where they are not wider already."""
+    if t.is_floating_point():
+        return t.to(torch.promote_types(t.dtype, torch.float32), copy=True)
+    return t.clone()
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise InputError(".safetensors files need one more package: pip install safetensors") from None
+    return safetensors
+
+
+def read_safetensors(file):
+    safetensors = import_safetensors()
+    try:
+        return safetensors.torch.load_file(file)
+    except (safetensors.SafetensorError, *BROKEN):
+        raise InputError(f"{file}: truncated, or not a safetensors file") from None
+
+
+def read_checkpoint(path):
+    """One of our own checkpoints (a dict with "kind"): a file, or the run folder that holds ckpt.pt."""
+    file = find_weights(path, FILES, HUB)
+    content = read_weights(file)
+    if "kind" not in content:
+        raise InputError(f"{file}: not a checkpoint of this repository, but perhaps published weights")
+    return content
+
+
+def fingerprint(module):
+    """A short hash of all tensors: a latent cache remembers which weights wrote it."""
+    h = hashlib.sha256()
+    for name, t in sorted(module.state_dict().items()):
+        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Our checkpoints and published autoencoders
+
+# Tensor names: ours, official (DC-Gen, efficientvit), diffusers; # is a stage or block number
+BLOCK_NAMES = (
+    ("conv", "main.conv.conv", "conv"),
+    ("conv1", "main.conv1.conv", "conv1"),
+    ("conv2", "main.conv2.conv", "conv2"),
+    ("norm", "main.conv2.norm", "norm"),
+    ("attn.qkv", "context_module.main.qkv.conv", "attn.to_qkv"),        # diffusers' files: to_q, to_k, to_v
+    ("attn.proj", "context_module.main.proj.conv", "attn.to_out"),
+    ("attn.norm", "context_module.main.proj.norm", "attn.norm_out"),
+    ("mlp.inverted", "local_module.main.inverted_conv.conv", "conv_out.conv_inverted"),
+    ("mlp.depth", "local_module.main.depth_conv.conv", "conv_out.conv_depth"),
+    ("mlp.point", "local_module.main.point_conv.conv", "conv_out.conv_point"),
+    ("mlp.norm", "local_module.main.point_conv.norm", "conv_out.norm"))
+NAMES = (
+    ("encoder.project_in.conv", "encoder.project_in.conv.conv", "encoder.conv_in.conv"),
+    ("encoder.project_out", "encoder.project_out.op_list.0.conv", "encoder.conv_out"),
+    ("decoder.project_in", "decoder.project_in.conv", "decoder.conv_in"),
+    ("decoder.project_out.norm", "decoder.project_out.op_list.0", "decoder.norm_out"),
+    ("decoder.project_out.up.conv", "decoder.project_out.op_list.2.conv.conv", "decoder.conv_out.conv"),
+    *((f"encoder.stages.#.#.{a}", f"encoder.stages.#.op_list.#.{b}", f"encoder.down_blocks.#.#.{c}")
+      for a, b, c in BLOCK_NAMES),
+    *((f"decoder.stages.#.#.{a}", f"decoder.stages.#.op_list.#.{b}", f"decoder.up_blocks.#.#.{c}")
+      for a, b, c in BLOCK_NAMES))
+OURS, OFFICIAL, DIFFUSERS = range(3)                                    # columns of both tables
+NUMBERS = r"(stages|blocks)\.(\d+)(\.op_list|)\.(\d+)"
+
+# Scaling factors of published names [DC-Gen c2icore], 1.5 in both orders that were used; others have none
+SCALES = {
+    "dc-ae-f32c32-in-1.0": 0.3189,
+    "dc-ae-f64c128-in-1.0": 0.2889,
+    "dc-ae-f64c128-1.5": 0.5935,
+    "dc-ae-1.5-f64c128": 0.5935,
+}
+
+
+def read_ours(content, file):
+    """One of our checkpoints -> config, tensors, scale, info."""
+    if content["kind"] != "ae":
+        raise InputError(f"{file}: a {content['kind']} checkpoint, an autoencoder is needed here")
+    info = {key: content[key] for key in ("image_size", "step", "channels") if key in content}
+    return AEConfig(**content["config"]), content["model"], content["scale"], info
+
+
+def read_published(content, file):
+    """Tensors under official or diffusers' names -> config, tensors, scale, info."""
+    tensors = to_ours(content.get("state_dict", content), file)
+    settings = file.with_name("config.json")
+    text = settings.read_text() if settings.exists() else "{}"
+    scale = json.loads(text).get("scaling_factor")
+    for name, published in SCALES.items():
+        if not scale and name in f"{file.absolute()} {text}":
+            scale = published
+    return read_config(tensors, file), tensors, scale or 1.0, {}
+
+
+def rename(name, src, dst):
+    """A tensor's name in column dst, from its name in column src. KeyError, ValueError: unknown."""
+    stem, leaf = name.rsplit(".", 1)
+    numbers = re.search(NUMBERS, stem)
+    table = {row[src]: row[dst] for row in NAMES}
+    new = table[re.sub(NUMBERS, r"\1.#\3.#", stem)]
+    if numbers:
+        new = new.replace("#", numbers[2], 1).replace("#", numbers[4], 1)
+    return f"{new}.{leaf}"
+
+
+def to_ours(tensors, file):
+    """Official or diffusers' tensors -> ours."""
+    column = OFFICIAL
+    if any("_blocks." in name for name in tensors):
+        column = DIFFUSERS
+        tensors = fuse_qkv(tensors)
+    ours = {}
+    for name, t in tensors.items():
+        plain = re.sub(r"(project_\w+)\.main\.", r"\1.", name)          # 1.0 has shortcuts around a .main
+        try:
+            ours[rename(plain, column, OURS)] = t
+        except (KeyError, ValueError):
+            raise InputError(f"{file}: unknown tensor {name[:60]!r}, not a DC-AE 1.0 or 1.5 "
+                             "(sana variants are not read)") from None
+    return ours
+
+
+def fuse_qkv(tensors):
+    """Of diffusers' linear layers to_q, to_k, to_v, to_out in attention: 1x1 convolutions to_qkv, to_out."""
+    fused = {}
+    for name, t in tensors.items():
+        if ".attn.to_k." in name or ".attn.to_v." in name:
+            continue                                                    # went with to_q
+        if ".attn.to_q." in name:
+            thirds = [name.replace("to_q", part) for part in ("to_q", "to_k", "to_v")]
+            t = torch.cat([tensors[third] for third in thirds if third in tensors])
+            name = name.replace("to_q", "to_qkv")
+        if ".attn.to_" in name:
+            t = t[:, :, None, None]
+        fused[name] = t
+    return fused
+
+
+def to_diffusers(tensors):
+    """Our tensors -> diffusers', as copies."""
+    theirs = {}
+    for name, t in tensors.items():
+        name = rename(name, OURS, DIFFUSERS)
+        t = t.detach().contiguous()
+        if ".attn.to_" in name:
+            t = t[:, :, 0, 0]
+        if ".attn.to_qkv." in name:
+            for part, third in zip(("to_q", "to_k", "to_v"), t.chunk(3)):
+                theirs[name.replace("to_qkv", part)] = third.clone()
+        else:
+            theirs[name] = t.clone()
+    return theirs
+
+
+def read_config(tensors, file):
+    """AEConfig, off our tensors: every block has one norm (EfficientViT: attn.norm), as wide as its stage."""
+    widths = {"encoder": {}, "decoder": {}}                             # stage -> the width of each block
+    for name, t in tensors.items():
+        norm = re.fullmatch(r"(encoder|decoder)\.stages\.(\d+)\.\d+\.(attn\.)?norm\.weight", name)
+        if norm:
+            widths[norm[1]].setdefault(int(norm[2]), []).append(len(t))
+    n = max(widths["encoder"], default=0)                               # stages, but for the empty one
+    complete = all(sorted(stages) == [*range(1, n + 1)] for stages in widths.values())
+    if n < 2 or not complete or "encoder.project_out.bias" not in tensors:
+        raise InputError(f"{file}: not a complete DC-AE 1.0 or 1.5 (sana variants are not read)")
+    sizes = {}
+    for side, stages in widths.items():
+        sizes[side + "_widths"] = (stages[1][0] // 2, *(stages[i][0] for i in range(1, n + 1)))
+        sizes[side + "_depths"] = (0, *(len(stages[i]) for i in range(1, n + 1)))
+    c = len(tensors["encoder.project_out.bias"])
+    version = "1.0" if any(name.endswith("running_mean") for name in tensors) else "1.5"
+    return AEConfig(f=2**n, c=c, version=version, width=sizes["encoder_widths"][0], **sizes)
+
+
+def diffusers_settings(config):
+    """config.json of a diffusers AutoencoderDC that computes what DCAE(config) does."""
+    old = config.version == "1.0"
+    stages = range(len(config.encoder_widths))
+    blocks = ["EfficientViTBlock" if old and i >= 3 else "ResBlock" for i in stages]
+    return {
+        "_class_name": "AutoencoderDC",
+        "in_channels": 3,
+        "latent_channels": config.c,
+        "attention_head_dim": 32,
+        "encoder_block_types": blocks,
+        "decoder_block_types": blocks,
+        "encoder_block_out_channels": config.encoder_widths,
+        "decoder_block_out_channels": config.decoder_widths,
+        "encoder_layers_per_block": config.encoder_depths,
+        "decoder_layers_per_block": config.decoder_depths,
+        "encoder_qkv_multiscales": [[] for _ in stages],
+        "decoder_qkv_multiscales": [[] for _ in stages],
+        "upsample_block_type": "pixel_shuffle",
+        "downsample_block_type": "pixel_unshuffle",
+        "decoder_norm_types": ["batch_norm" if old and i < 3 else "rms_norm" for i in stages],
+        "decoder_act_fns": ["relu" if old and i < 3 else "silu" for i in stages],
+        "encoder_out_shortcut": old,
+        "decoder_in_shortcut": old,
+        "decoder_conv_act_fn": "relu" if old else "silu",
+    }
+
+
+class DiffusersKL(nn.Module):
+    """A diffusers AutoencoderKL (SD-VAE-f8c4, Flux-VAE-f8c16: Table 4 of the paper) behind DCAE's names."""
+
+    def __init__(self, x):
+        super().__init__()
+        try:
+            from diffusers import AutoencoderKL
+            self.vae = AutoencoderKL.from_pretrained(x)
+        except (ImportError, OSError, ValueError) as e:
+            reason = " ".join(str(e).split())[:80]
+            raise InputError(f"{x}: no such folder, nor a diffusers AutoencoderKL ({reason})") from None
+        config = self.vae.config
+        f = 2 ** (len(config.block_out_channels) - 1)
+        self.config = SimpleNamespace(f=f, c=config.latent_channels, version="kl")
+        self.scale = float(config.scaling_factor)
+        self.shift = float(config.shift_factor or 0)
+        self.info = {}
+
+    def encode(self, img):
+        return self.vae.encode(img).latent_dist.mean - self.shift
+
+    def decode(self, z):
+        return self.vae.decode(z + self.shift).sample
+
+
+def open_autoencoder(x):
+    """DCAE, or a diffusers AutoencoderKL where x is the folder or hub name of one."""
+    config = Path(x, "config.json")
+    if config.exists():
+        kl = "AutoencoderKL" in config.read_text()
+    else:                               # owner/name on a hub; neither a run of ours (in out/) nor a DC-AE
+        hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(x)) and not Path(x).parent.exists()
+        kl = hub_name and not str(x).startswith("out/") and "dc-ae" not in str(x)
+    return DiffusersKL(x).eval() if kl else DCAE.from_pretrained(x)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The paper's figures for given images
+
+def open_pictures(paths, size, toy_size):
+    """Image files or "toy" -> list of (name, img (3, H, W)); size: centre crop, None: as they are."""
+    pictures = []
+    for path in paths:
         if path == "toy":
-            data = open_images("toy", size or models["A"].info.get("image_size", 256))
+            data = open_images("toy", size or toy_size)
             pictures += [(data.classes[i], data[i][0]) for i in range(4)]
             continue
         try:
-            img = read_image(path)
+            image = read_image(path)
         except UNREADABLE as e:
             raise InputError(f"{path}: cannot be read as an image: {str(e)[:80]}") from None
-        pictures.append((Path(path).stem[:12], to_float(center_crop(img, size) if size else img)))
-    os.makedirs(args.out, exist_ok=True)
-    recs, means, rows = [], [], []
+        if size:
+            image = center_crop(image, size)
+        pictures.append((Path(path).stem[:12], to_float(image)))
+    return pictures
+
+
+def grey(x):
+    """(n, h, w) -> pixels (n, h, w, 3), each map stretched from black to white."""
+    low = x.amin((1, 2), keepdim=True)
+    high = x.amax((1, 2), keepdim=True)
+    pixels = ((x - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8).cpu()
+    return pixels[..., None].expand(-1, -1, -1, 3)
+
+
+@torch.no_grad()
+def draw(models, pictures, channels, device, out):
+    """A row for each picture and model, a column for each c'; PNGs in the folder out."""
+    reconstructions, averages, rows = [], [], []
     for n, (name, img) in enumerate(pictures):
+        H, W = img.shape[1:]
+        original = to_uint8(img[None])[0]
         for which, ae in models.items():
-            (H, W), f = img.shape[1:], ae.config.f                                   # padded to multiples of f, cut back below
-            z = ae.encode(F.pad(img[None], (0, -W % f, 0, -H % f), "reflect" if f <= min(H, W) else "replicate").to(args.device))
-            rows.append(f"{name} {which}" if args.ckpt2 else name)
-            recs += [to_uint8(x)[0].cpu() for x in (img[None], *(ae.decode(z[:, :k])[:, :, :H, :W] for k in channels))]
-            mean = torch.cat([z[:, :k].mean(1) for k in channels])                   # (channels, h, w)
-            means += [recs[-len(channels) - 1], *grey(mean.repeat_interleave(f, 1).repeat_interleave(f, 2)[:, :H, :W])]
-            save_grid(grey(z[0]), f"{args.out}/latent_{n}_{which}.png", math.ceil(ae.config.c ** 0.5))       # Figures 9, 10
+            f = ae.config.f                                             # padded to multiples of f, cut later
+            mode = "reflect" if f <= min(H, W) else "replicate"
+            z = ae.encode(F.pad(img[None], (0, -W % f, 0, -H % f), mode).to(device))    # (1, c, h, w)
+            recs = torch.cat([ae.decode(z[:, :k]) for k in channels])[:, :, :H, :W]
+            means = torch.cat([z[:, :k].mean(1) for k in channels])     # (len(channels), h, w)
+            means = means.repeat_interleave(f, 1).repeat_interleave(f, 2)[:, :H, :W]
+            reconstructions += [original, *to_uint8(recs).cpu()]
+            averages += [original, *grey(means)]
+            rows.append(f"{name} {which}" if len(models) > 1 else name)
+            ncol = math.ceil(ae.config.c ** 0.5)
+            save_grid(grey(z[0]), out / f"latent_{n}_{which}.png", ncol)            # Figures 9, 10
     titles = ["input"] + [f"c'={k}" for k in channels]
-    save_grid(recs, f"{args.out}/reconstruction.png", len(titles), titles, rows)     # Figure 3
-    save_grid(means, f"{args.out}/channel_average.png", len(titles), titles, rows)   # Figure 2
-    print(f"{args.out}: reconstruction.png, channel_average.png, latent_*.png")
+    save_grid(reconstructions, out / "reconstruction.png", len(titles), titles, rows)   # Figure 3
+    save_grid(averages, out / "channel_average.png", len(titles), titles, rows)         # Figure 2
+    print(f"{out}: reconstruction.png, channel_average.png, latent_*.png")
+
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Draw the paper's Figures 2, 3, 9 and 10 for given images.",
-                                usage="python ae.py IMAGE... --ckpt CKPT [--ckpt2 CKPT] [--channels LIST] --out DIR")
+                                usage="python ae.py IMAGE... --ckpt CKPT [--ckpt2 CKPT] --out DIR")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size, or toy")
-    p.add_argument("--ckpt", required=True, help="autoencoder: run folder, checkpoint, published name or folder")
+    p.add_argument("--ckpt", required=True, help="run folder, checkpoint, published name or folder")
     p.add_argument("--ckpt2", help="a second one, drawn beside it (structured and unstructured, say)")
     p.add_argument("--channels", help="the c' to show, like 16,32,64,128 (default: c/8, c/4, c/2, c)")
-    p.add_argument("--image_size", type=int, help="centre-crop the images to this size first (default: as they are)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: CUDA where there is one")
+    p.add_argument("--image_size", type=int, help="centre-crop to this size first (default: as they are)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--out", required=True, help="folder for the PNGs")
-    figures(p.parse_args(argv))
+    args = p.parse_args(argv)
+
+    models = {"A": DCAE.from_pretrained(args.ckpt).to(args.device)}
+    if args.ckpt2:
+        models["B"] = DCAE.from_pretrained(args.ckpt2).to(args.device)
+    c = min(ae.config.c for ae in models.values())
+    channels = [max(1, c // k) for k in (8, 4, 2, 1)]
+    if args.channels:
+        channels = parse_channels(args.channels, c)
+    if args.image_size is not None and args.image_size < 1:
+        raise InputError(f"--image_size {args.image_size}: must be positive")
+    pictures = open_pictures(args.images, args.image_size, models["A"].info.get("image_size", 256))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    draw(models, pictures, sorted(set(channels)), args.device, out)
+
 
 if __name__ == "__main__":
     main()

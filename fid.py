@@ -1,164 +1,379 @@
 """FID, Inception Score, precision, recall, PSNR and SSIM: numbers that can be compared with the literature's.
 
-  python fid.py samples.npz VIRTUAL_imagenet512.npz                            # FID-50k as ADM's evaluator; precision, recall
-  python fid.py imagenet/train --image_size 512 --save_stats train512.npz      # a reference, once
-  torchrun --nproc_per_node 8 fid.py samples/ train512.npz                     # the same number on 8 GPUs
-  python fid.py rec/ val/ --image_size 512 --metrics fid,psnr,ssim             # rFID: the originals through the same crop
+  python fid.py samples.npz VIRTUAL_imagenet512.npz                         # FID-50k as ADM's evaluator
+  python fid.py imagenet/train --image_size 512 --save_stats train512.npz   # a reference, once
+  torchrun --nproc_per_node 8 fid.py samples/ train512.npz                  # the same number on 8 GPUs
+  python fid.py rec/ val/ --image_size 512 --metrics fid,psnr,ssim          # rFID: both through one crop
 
-Inception with the TensorFlow-ported weights (URL, HASH) in fp32; pixels are uint8 RGB, taken as they are: only --image_size
-crops. tests/test_fid.py holds it, weights and images being equal, to torch-fidelity (ADM's preprocessing, the default) and
-pytorch-fid (--resize torch): features to 1e-4 relative, metrics to 1e-3. B images of H x W pixels, N in all, D features each.
+Inception with the TensorFlow-ported weights (URL, HASH) in fp32; pixels are uint8 RGB, taken as they are:
+only --image_size crops. tests/test_fid.py holds it, weights and images being equal, to torch-fidelity (ADM's
+preprocessing, the default) and pytorch-fid (--resize torch): features to 1e-4 relative, metrics to 1e-3.
+
+Letters: B images of H x W pixels at a time, N in all; D features and K logits of each.
 """
-import argparse, hashlib, json, math, os, pickle, platform, time, zipfile, zlib
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import time
+import zipfile
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from ae import SUFFIXES, UNREADABLE, InputError, center_crop, open_images, read_image, to_uint8
 
-URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-HASH = "6726825d"                       # the sha256 of the file begins so (torch.hub's convention); TF's inception-2015-12-05
-MIN_IMAGES = 2049                       # fewer than D + 1 = 2049 images leave the covariance of 2048 features singular
+URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+       "pt_inception-2015-12-05-6726825d.pth")
+HASH = "6726825d"                   # the file's sha256 begins so, as torch.hub names files
+MIN_IMAGES = 2049                   # fewer leave the covariance of Inception's D = 2048 features singular
 METRICS = ("fid", "is", "precision", "recall", "psnr", "ssim")
-BROKEN = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile,
-          pickle.UnpicklingError)       # what numpy and torch raise on files that are cut off or something else
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# Inception. Module names are the tensor names of the published file; widths and kernels are Szegedy et al. 2015.
+# What numpy and torch raise on files that are cut off or something else
+BROKEN = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
+          zipfile.BadZipFile, pickle.UnpicklingError)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Metrics: pure functions of features, logits or pixels
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Frechet distance of two Gaussians, float64; of Inception features it is the FID [Heusel et al. 2017].
+
+    mu (D,), sigma (D, D): arrays or tensors. InputError where D differs or a number is not finite.
+    """
+    given = (mu1, sigma1, mu2, sigma2)
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x).detach().cpu().double() for x in given)
+    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[:1]:
+        raise InputError(f"statistics of {len(mu1)} and {len(mu2)} features come from different networks: "
+                         "no distance between them")
+    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
+        raise InputError("features are not finite: no distance")
+
+    # tr((S1 S2)^.5) as tr((S1^.5 S2 S1^.5)^.5): a symmetric matrix has real eigenvalues, so nothing turns
+    # complex when N <= D or samples collapse, as scipy's sqrtm(S1 S2) does; rounding below zero is clipped.
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ sigma2 @ root
+    values = torch.linalg.eigvalsh((product + product.T) / 2)
+    trace = values.clamp(min=0).sqrt().sum()
+
+    # |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^.5)
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
+    return max(0.0, distance.item())
+
+
+def inception_score(logits, splits=10):
+    """logits (N, K) -> (mean, std) over splits of exp(mean KL(p(y|x) || p(y))) [Salimans et al. 2016].
+
+    Shuffled by RandomState(2020), as torch-fidelity does: samples often come sorted by class. Fewer images
+    than splits make one split.
+    """
+    n = len(logits)
+    order = np.random.RandomState(2020).permutation(n)
+    logits = logits.detach().cpu()[torch.from_numpy(order)]
+    if n < splits:
+        splits = 1
+    scores = []
+    for i in range(splits):
+        part = logits[i * n // splits:(i + 1) * n // splits]
+        log_p = part.double().log_softmax(1)                    # (n / splits, K)
+        log_q = log_p.logsumexp(0) - math.log(len(log_p))       # log of the mean: never log(0)
+        kl = (log_p.exp() * (log_p - log_q)).sum(1)
+        scores.append(kl.mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(real, fake, k=3, rows=None):
+    """Improved precision and recall [Kynkaanniemi et al. 2019]: features of real (N, D) and of fake (M, D)
+    -> (share of fake inside the real manifold, share of real inside the fake one).
+
+    A manifold is the union of balls around its points out to the k-th neighbour, the point itself excluded.
+    Distances in float64 (ADM: fp16), `rows` rows at a time: 50k x 50k needs 2 GB, not 20. InputError for
+    k images or fewer.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise InputError(f"precision and recall need more than k = {k} images on each side, "
+                         f"got {len(real)} and {len(fake)}")
+    real = real.double()
+    fake = fake.double()
+    rows = rows or max(1, 2 ** 27 // max(len(real), len(fake)))         # 1 GiB of distances
+
+    def distances(a, b):                                        # (rows, len(b)) at a time, squared
+        norm_a = a.square().sum(1)
+        norm_b = b.square().sum(1)
+        for i in range(0, len(a), rows):
+            scale = norm_a[i:i + rows, None] + norm_b
+            d = torch.addmm(scale, a[i:i + rows], b.T, alpha=-2)
+            # Two images closer than fp32's rounding of features, 1e-5 of their length count as one
+            yield d.masked_fill_(d < 1e-10 * scale, 0)
+
+    def radius(a):                                              # (len(a),), squared; + 1: the point itself
+        return torch.cat([d.kthvalue(k + 1, dim=1).values for d in distances(a, a)])
+
+    radius_real = radius(real)
+    radius_fake = radius(fake)
+    fake_inside = []
+    real_inside = torch.zeros_like(radius_real, dtype=torch.bool)
+    for d, r in zip(distances(fake, real), radius_fake.split(rows)):
+        fake_inside.append((d <= radius_real).any(1))
+        real_inside |= (d <= r[:, None]).any(0)
+    return torch.cat(fake_inside).double().mean().item(), real_inside.double().mean().item()
+
+
+def psnr(a, b):
+    """uint8 (B, H, W, 3) twice -> (B,) dB: 10 log10(255^2 / mse) of each image, over pixels and channels; inf
+    for equal images. The published evaluation takes it so, on uint8, and averages over images."""
+    mse = (a.float() - b.float()).square().mean((1, 2, 3))      # exact to 1e-7: differences are whole numbers
+    return 10 * torch.log10(255 ** 2 / mse)
+
+
+def ssim(a, b):
+    """uint8 (B, H, W, 3) twice -> (B,): SSIM [Wang et al. 2004] with an 11 x 11 Gaussian window, sigma 1.5,
+    K1 = 0.01, K2 = 0.03, range 255, of each RGB channel where the window fits, averaged.
+
+    As torchmetrics with data_range=(0, 255), which the published evaluation uses, and scikit-image with
+    gaussian_weights=True, use_sample_covariance=False, data_range=255. InputError below 11 pixels.
+    """
+    if min(a.shape[1:3]) < 11:
+        raise InputError(f"SSIM's window is 11 pixels wide, the images are {hxw(a.shape[1:])}: "
+                         "leave ssim out of --metrics")
+    x, y = (pixels.permute(0, 3, 1, 2).float() - 128 for pixels in (a, b))      # around grey: more digits
+    maps = torch.stack([x, y, x * x, y * y, x * y])             # (5, B, 3, H, W)
+
+    # Local means: one depthwise convolution over rows, one over columns, 5 times as fast as single channels
+    window = torch.exp(-(torch.arange(11, device=x.device) - 5) ** 2 / (2 * 1.5 ** 2))
+    planes = maps.flatten(0, 2)                                 # (15 B, H, W)
+    across = (window / window.sum()).expand(len(planes), 1, 1, 11).contiguous()
+    with full_precision(x.device):
+        planes = F.conv2d(planes, across, groups=len(planes))
+        planes = F.conv2d(planes, across.mT.contiguous(), groups=len(planes))
+    mx, my, xx, yy, xy = planes.unflatten(0, maps.shape[:3])    # (B, 3, H - 10, W - 10) each
+
+    vx = xx - mx * mx
+    vy = yy - my * my
+    cov = xy - mx * my
+    mx = mx + 128
+    my = my + 128
+    c1 = (0.01 * 255) ** 2
+    c2 = (0.03 * 255) ** 2
+    # (2 mx my + c1) (2 cov + c2) / ((mx^2 + my^2 + c1) (vx + vy + c2))
+    score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return score.mean((1, 2, 3))
+
+
+class Moments:
+    """Mean (D,) and unbiased covariance (D, D) of features, in float64 sums, batch by batch."""
+
+    def __init__(self):
+        self.n = 0
+        self.sum = None
+        self.outer = None
+
+    def update(self, features):                                 # (B, D)
+        device = "cpu" if features.device.type == "mps" else features.device    # mps has no float64
+        x = features.detach().to(device).double()
+        if self.sum is None:
+            self.sum = x.new_zeros(x.shape[1])
+            self.outer = x.new_zeros(x.shape[1], x.shape[1])
+        self.n += len(x)
+        self.sum += x.sum(0)
+        self.outer.addmm_(x.T, x)
+
+    def reduce(self):
+        """Adds up all ranks, in place."""
+        if ranks()[1] == 1:
+            return
+        d = max(gather(0 if self.sum is None else len(self.sum)))
+        if self.sum is None:                                    # a rank without images
+            self.update(torch.zeros(0, d, device="cuda" if dist.get_backend() == "nccl" else "cpu"))
+        dist.all_reduce(self.sum)
+        dist.all_reduce(self.outer)
+        self.n = sum(gather(self.n))
+
+    @property
+    def mean(self):
+        return self.sum / self.n
+
+    @property
+    def cov(self):
+        if self.n < 2:
+            raise InputError("one image has no covariance: "
+                             "statistics need at least 2, thousands to mean much")
+        return (self.outer - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Inception. Module names are the tensor names of the published file; widths and kernels: Szegedy et al. 2015.
 
 
 class ConvBN(nn.Module):
-    def __init__(self, c_in, c_out, kernel=1, stride=1, pad=True):
+    def __init__(self, c_in, c_out, kernel=1, stride=1, padding="same"):
         super().__init__()
-        k = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        self.conv = nn.Conv2d(c_in, c_out, k, stride, (k[0] // 2, k[1] // 2) if pad else 0, bias=False)
+        if stride > 1:
+            padding = 0
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 
     def fold(self):
-        """Batch norm in eval mode is an affine map: put it into the convolution (2e-7 relative in the features)."""
-        self.conv, self.bn = nn.utils.fusion.fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
+        """Batch norm in eval mode is an affine map: put it into the convolution (features: 2e-7 relative)."""
+        self.conv = nn.utils.fusion.fuse_conv_bn_eval(self.conv, self.bn)
+        self.bn = nn.Identity()
 
     def forward(self, x):
         return F.relu_(self.bn(self.conv(x)))
 
 
+# The pools beside the branches: the first as torchvision, the others not
+POOL_STRIDE = lambda x: F.max_pool2d(x, 3, 2)
+POOL_AVERAGE = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # TF: padding is not in the mean
+POOL_MAX = lambda x: F.max_pool2d(x, 3, 1, 1)                   # the graph of 2015; the paper says average
+
+
 class Mixed(nn.Module):
-    """Branches side by side on one input, concatenated. A branch is a chain of (channels, kernel[, stride]): its convolutions
-    are called name_1, name_2, ..., or just name when alone; a list as the last link forks into name_2a and name_2b."""
+    """Branches side by side on one input, concatenated; the last is a pool, with a 1x1 convolution if c_pool.
+
+    A branch is a chain of (channels, kernel[, stride]): its convolutions are called name_1, name_2, ..., or
+    just name when alone; a list as the last link forks into name_2a and name_2b.
+    """
 
     def __init__(self, c_in, branches, pool, c_pool=None):
         super().__init__()
-        self.pool, self.chains = pool, []
+        self.pool = pool
+        self.chains = []                                        # per branch its links, per link its names
         for branch, chain in branches.items():
-            c, links = c_in, []
+            c = c_in
+            links = []
             for i, link in enumerate(chain, 1):
-                name = branch + (f"_{i}" if len(chain) > 1 else "")
+                name = f"{branch}_{i}" if len(chain) > 1 else branch
                 fork = {name + "a": link[0], name + "b": link[1]} if isinstance(link, list) else {name: link}
-                for name, (width, kernel, *stride) in fork.items():
-                    self.add_module(name, ConvBN(c, width, kernel, *stride, pad=not stride))
-                c = width
+                for name, conv in fork.items():
+                    self.add_module(name, ConvBN(c, *conv))
+                c = conv[0]
                 links.append(list(fork))
             self.chains.append(links)
-        if c_pool:
-            self.branch_pool = ConvBN(c_in, c_pool)
+        self.branch_pool = ConvBN(c_in, c_pool) if c_pool else nn.Identity()
 
-    def forward(self, x):                                                           # (B, c, h, w)
+    def forward(self, x):                                       # (B, c, h, w)
         out = []
         for links in self.chains:
             hs = [x]
             for names in links:
                 hs = [getattr(self, name)(hs[0]) for name in names]
             out += hs
-        if self.pool == "stride":                               # Mixed_6a, 7a, as torchvision
-            return torch.cat(out + [F.max_pool2d(x, 3, 2)], 1)
-        if self.pool == "average":                              # not torchvision's: TensorFlow leaves the padding out of the mean
-            return torch.cat(out + [self.branch_pool(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))], 1)
-        # Mixed_7c, not torchvision's: the graph of 2015 takes the maximum where the paper says average.
-        return torch.cat(out + [self.branch_pool(F.max_pool2d(x, 3, 1, 1))], 1)
+        return torch.cat([*out, self.branch_pool(self.pool(x))], 1)
 
 
 class InceptionV3(nn.Module):
-    """uint8 (B, H, W, 3) -> (pool features (B, 2048), logits without their bias (B, 1008)), in eval mode. Its weights are
-    random (He's, from seed) until load_state_dict takes the published ones."""
+    """uint8 (B, H, W, 3) -> (pool features (B, 2048), logits without their bias (B, 1008)), fp32, in eval.
+
+    resize: "tf" or "torch". Its weights are random (He's, from seed) until others are loaded.
+    """
 
     def __init__(self, resize="tf", seed=0):
         super().__init__()
         self.resize = {"tf": resize_tf, "torch": resize_torch}[resize]
-        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, 2, pad=False)
-        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, pad=False)
+        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, padding=0)
         self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvBN(64, 80)
-        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, pad=False)
-        for name, c, c_pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):         # 35 x 35
-            self.add_module(f"Mixed_{name}", Mixed(c, {
-                "branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-                "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}, "average", c_pool))
-        self.Mixed_6a = Mixed(288, {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)]}, "stride")
+        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, padding=0)
+        for name, c_in, c_pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):      # 35 x 35
+            self.add_module(f"Mixed_{name}", Mixed(c_in, {
+                "branch1x1": [(64, 1)],
+                "branch5x5": [(48, 1), (64, 5)],
+                "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
+            }, POOL_AVERAGE, c_pool))
+        self.Mixed_6a = Mixed(288, {
+            "branch3x3": [(384, 3, 2)],
+            "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)],
+        }, POOL_STRIDE)
         for name, k in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):                # 17 x 17
             self.add_module(f"Mixed_{name}", Mixed(768, {
-                "branch1x1": [(192, 1)], "branch7x7": [(k, 1), (k, (1, 7)), (192, (7, 1))],
-                "branch7x7dbl": [(k, 1), (k, (7, 1)), (k, (1, 7)), (k, (7, 1)), (192, (1, 7))]}, "average", 192))
-        self.Mixed_7a = Mixed(768, {"branch3x3": [(192, 1), (320, 3, 2)],
-                                    "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]}, "stride")
+                "branch1x1": [(192, 1)],
+                "branch7x7": [(k, 1), (k, (1, 7)), (192, (7, 1))],
+                "branch7x7dbl": [(k, 1), (k, (7, 1)), (k, (1, 7)), (k, (7, 1)), (192, (1, 7))],
+            }, POOL_AVERAGE, 192))
+        self.Mixed_7a = Mixed(768, {
+            "branch3x3": [(192, 1), (320, 3, 2)],
+            "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
+        }, POOL_STRIDE)
         fork = [(384, (1, 3)), (384, (3, 1))]
-        for name, c, pool in (("7b", 1280, "average"), ("7c", 2048, "max")):                # 8 x 8
-            self.add_module(f"Mixed_{name}", Mixed(c, {
-                "branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork], "branch3x3dbl": [(448, 1), (384, 3), fork]}, pool, 192))
-        self.fc = nn.Linear(2048, 1008)                         # 1008, not torchvision's 1000: the graph has 8 unused classes
-        random = torch.Generator().manual_seed(seed)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, generator=random)
-        nn.init.normal_(self.fc.weight, generator=random)       # [ours] wide: logits of random features then differ by about 1
+        for name, c_in, pool in (("7b", 1280, POOL_AVERAGE), ("7c", 2048, POOL_MAX)):       # 8 x 8
+            self.add_module(f"Mixed_{name}", Mixed(c_in, {
+                "branch1x1": [(320, 1)],
+                "branch3x3": [(384, 1), fork],
+                "branch3x3dbl": [(448, 1), (384, 3), fork],
+            }, pool, 192))
+        self.fc = nn.Linear(2048, 1008)                         # not 1000: the graph has 8 unused classes
+
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, generator=generator)
+        nn.init.normal_(self.fc.weight, generator=generator)    # [ours] wide: random logits differ by about 1
         nn.init.zeros_(self.fc.bias)
         self.eval().requires_grad_(False)
 
-    def forward(self, img):                                                         # uint8 (B, H, W, 3)
-        x = self.resize(img)                                                        # (B, 3, 299, 299) in [-1, 1]
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))           # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))           # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))      # (B, 288, 35, 35)
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))    # (B, 768, 17, 17)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))             # (B, 2048)
-        return x, x @ self.fc.weight.T                          # the Inception Score of the literature leaves the bias out
+    def forward(self, pixels):                                                  # uint8 (B, H, W, 3)
+        x = self.resize(pixels)                                                 # (B, 3, 299, 299) in [-1, 1]
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))       # (B, 64, 147, 147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))       # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # (B, 288, 35, 35)
+        x = self.Mixed_6a(x)
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))       # (B, 768, 17, 17)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))         # (B, 2048)
+        return x, x @ self.fc.weight.T                          # without the bias, as the literature's score
 
 
-def resize_tf(img, size=299):
-    """TensorFlow 1's bilinear resize without antialiasing, then (x - 128) / 128: ADM's evaluator, torch-fidelity.
-    Its grid is the legacy one: no half-pixel shift, output i reads input i * (in / out)."""
-    x = img                                                                         # (B, H, W, 3)
-    for dim in (2, 1):                                          # columns, then rows: TF's order
+def resize_tf(pixels, size=299):
+    """uint8 (B, H, W, 3) -> (B, 3, size, size): TensorFlow 1's bilinear resize without antialiasing, then
+    (x - 128) / 128, as ADM's evaluator and torch-fidelity. Its grid is the legacy one: no half-pixel shift,
+    output i reads input i * (in / out)."""
+    x = pixels
+    for dim, shape in ((2, (-1, 1)), (1, (-1, 1, 1))):          # columns, then rows: TF's order
         n = x.shape[dim]
-        at = torch.arange(size, device=x.device, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
+        scale = torch.tensor(n / size, dtype=torch.float32)
+        at = torch.arange(size, device=x.device, dtype=torch.float32) * scale
         low = at.long()
-        high, part = (low + 1).clamp(max=n - 1), (at - low).view([-1 if d == dim else 1 for d in range(4)])
-        low, high = x.index_select(dim, low).float(), x.index_select(dim, high).float()
-        x = low + (high - low) * part
-    return (x.permute(0, 3, 1, 2) - 128) / 128                                      # (B, 3, size, size), channels last
+        high = (low + 1).clamp(max=n - 1)
+        part = (at - low).view(shape)
+        x_low = x.index_select(dim, low).float()
+        x_high = x.index_select(dim, high).float()
+        x = x_low + (x_high - x_low) * part
+    return (x.permute(0, 3, 1, 2) - 128) / 128
 
 
-def resize_torch(img, size=299):
-    """torch's bilinear resize without antialiasing, half-pixel centres, on [0, 1], then 2x - 1: pytorch-fid, DC-Gen."""
-    return 2 * F.interpolate(img.permute(0, 3, 1, 2) / 255, size=(size, size), mode="bilinear", align_corners=False) - 1
+def resize_torch(pixels, size=299):
+    """uint8 (B, H, W, 3) -> (B, 3, size, size): torch's bilinear resize without antialiasing, half-pixel
+    centres, on [0, 1], then 2x - 1, as pytorch-fid and DC-Gen."""
+    x = pixels.permute(0, 3, 1, 2) / 255
+    return 2 * F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False) - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Feature extractors
 
 
 @contextmanager
 def full_precision(device):
-    """fp32 as written, whatever the caller allows: no autocast, TF32 or bf16 matmuls. Its settings come back after."""
-    ops = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+    """fp32 as written, whatever the caller allows: no autocast, TF32, bf16. The settings come back after."""
+    ops = (torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+           torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
     before = [op.fp32_precision for op in ops]
     try:
         for op in ops:
@@ -170,92 +385,126 @@ def full_precision(device):
             op.fp32_precision = value
 
 
+@dataclass
 class Extractor:
-    """Call it on uint8 (B, H, W, 3): (features (B, D), logits (B, K) or None), fp32. .name, .hash and .resize go on record."""
-
-    def __init__(self, net, name, hash, resize, device, inception=False):
-        self.net, self.name, self.hash, self.resize, self.device, self.inception = net, name, hash, resize, device, inception
+    """Call it on uint8 (B, H, W, 3): (features (B, D), logits (B, K) or None), fp32. InputError otherwise."""
+    net: object                     # InceptionV3 or Exported
+    name: str                       # goes on record with each score, like hash and resize
+    hash: str                       # of the file of weights
+    resize: str                     # tf, torch, or own: an exported network sees the pixels as they are
+    device: torch.device
+    inception: bool = False         # weights from a file: only then is the distance called FID
 
     @torch.no_grad()
-    def __call__(self, img):
-        if img.dtype != torch.uint8 or img.ndim != 4 or img.shape[3] != 3:
-            raise InputError(f"images must be uint8 (B, H, W, 3), not {img.dtype} {tuple(img.shape)}: see ae.to_uint8")
+    def __call__(self, pixels):
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+            raise InputError(f"images must be uint8 (B, H, W, 3), not {pixels.dtype} {tuple(pixels.shape)}: "
+                             "see ae.to_uint8")
         with full_precision(self.device):
-            return self.net(img.to(self.device, non_blocking=True))
+            return self.net(pixels.to(self.device, non_blocking=True))
 
 
 class Exported:
-    """A torch.export'ed network on uint8 images, (B, H, W, 3) or (B, 3, H, W): its example input tells which. It gives features
-    (B, D), or (features, logits). A fixed batch is filled up with copies, which are dropped again."""
+    """A torch.export'ed network on uint8 images, (B, H, W, 3) or (B, 3, H, W): its example input tells which.
+
+    It gives features (B, D), or (features, logits (B, K)). A fixed batch is filled up with copies, which are
+    dropped again. InputError for a file or images that do not fit.
+    """
 
     def __init__(self, path, device):
+        self.path = path
         try:
-            program = torch.export.load(path) if zipfile.is_zipfile(path) else None
-        except BROKEN:
-            program = None
-        if program is None:
-            raise InputError(f"--features {path}: no readable file of torch.export.save (missing, cut off, or something else)")
-        x, *more = [n.meta["val"] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
-        if more or x.dtype != torch.uint8 or x.ndim != 4 or 3 not in x.shape[1::2]:
+            zipfile.ZipFile(path).close()                       # torch prints a traceback of what is no zip
+            program = torch.export.load(path)
+        except BROKEN as e:
+            raise InputError(f"--features {path}: no readable file of torch.export.save "
+                             "(missing, cut off, or something else)") from e
+        names = program.graph_signature.user_inputs
+        inputs = [node.meta["val"] for node in program.graph.nodes if node.name in names]
+        x = inputs[0]
+        if len(inputs) > 1 or x.dtype != torch.uint8 or x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]):
             raise InputError(f"--features {path}: export it on one uint8 tensor (B, H, W, 3) or (B, 3, H, W)")
-        self.path, self.nhwc = path, x.shape[3] == 3
-        shape = [n if isinstance(n, int) else None for n in x.shape]                # None: any
-        self.batch, self.size = shape[0], shape[1:3] if self.nhwc else shape[2:4]
-        self.run = (program if device.type == "cpu" else torch.export.passes.move_to_device_pass(program, device)).module()
+        self.nhwc = x.shape[3] == 3
+        shape = [n if isinstance(n, int) else None for n in x.shape]            # None: any
+        self.batch = shape[0]
+        self.size = shape[1:3] if self.nhwc else shape[2:4]
+        if device.type != "cpu":
+            program = torch.export.passes.move_to_device_pass(program, device)
+        self.run = program.module()
 
-    def __call__(self, img):
-        if any(want not in (None, got) for want, got in zip(self.size, img.shape[1:3])):
-            raise InputError(f"--features {self.path} takes {show(self.size)} images, not {show(img.shape[1:])}: pass --image_size")
-        n, outs = len(img), []
-        img = img if self.nhwc else img.permute(0, 3, 1, 2).contiguous()
-        for x in img.split(self.batch or n):
-            out = self.run(torch.cat([x, x[-1:].repeat((self.batch or len(x)) - len(x), 1, 1, 1)]))
-            outs.append(out if isinstance(out, (tuple, list)) else [out])
-            if any(o.ndim != 2 for o in outs[-1][:2]):
-                raise InputError(f"--features {self.path}: want features (B, D), logits (B, K), not {tuple(outs[-1][0].shape)}")
-        features, logits, *_ = *(torch.cat(o)[:n].float() for o in zip(*outs)), None
-        return features, logits
+    def __call__(self, pixels):
+        if any(want not in (None, got) for want, got in zip(self.size, pixels.shape[1:3])):
+            raise InputError(f"--features {self.path} takes {hxw(self.size)} images, "
+                             f"not {hxw(pixels.shape[1:])}: pass --image_size")
+        n = len(pixels)
+        batch = self.batch or max(1, n)
+        copies = pixels[-1:].expand(-n % batch, -1, -1, -1)
+        x = torch.cat([pixels, copies])
+        if not self.nhwc:
+            x = x.permute(0, 3, 1, 2).contiguous()
+        outs = [self.run(part) for part in x.split(batch)]
+        outs = [out if isinstance(out, (tuple, list)) else [out] for out in outs]
+        if any(out.ndim != 2 for out in outs[0][:2]):
+            raise InputError(f"--features {self.path}: want features (B, D), logits (B, K), "
+                             f"not {tuple(outs[0][0].shape)}")
+        joined = [torch.cat(parts)[:n].float() for parts in zip(*outs)]
+        if len(joined) == 1:
+            return joined[0], None
+        return joined[0], joined[1]
 
 
 def load_extractor(inception="default", features=None, device="cpu", resize="tf"):
-    """inception: "default" (the published weights, downloaded once), "random" (seeded) or a file, taken as it is.
-    features: a torch.export'ed network in its place, with its own preprocessing."""
+    """-> Extractor. InputError for files that cannot be had or are something else.
+
+    inception: "default" (the published weights, downloaded once), "random" (seeded), or a file, as it is.
+    features: a torch.export'ed network in its place, with its own preprocessing. resize: "tf" or "torch".
+    """
     device = torch.device(device)
     if features:
         return Extractor(Exported(features, device), Path(features).stem, file_hash(features), "own", device)
-    net, name, digest = InceptionV3(resize), "random features (seed 0)", "seed-0"
+    net = InceptionV3(resize)
+    name = "random features (seed 0)"
+    digest = "seed-0"
     if inception != "random":
         path = fetch_weights() if inception == "default" else Path(inception)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except BROKEN as e:
-            raise InputError(f"--inception {path}: no readable weight file (missing, cut off, or something else)") from e
-        want = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-        if bad := [k for k in want if not isinstance(state, dict) or getattr(state.get(k), "shape", None) != want[k]]:
-            raise InputError(f"--inception {path}: {len(bad)} of {len(want)} tensors missing or misshapen, first {bad[0]}")
-        net.load_state_dict({k: state[k] for k in want}, strict=False)
+        load_weights(net, path)
         digest = file_hash(path)
         name = "inception-2015-12-05" if digest.startswith(HASH) else f"inception weights {path.name}"
-    for m in net.modules():
-        if isinstance(m, ConvBN):
-            m.fold()
-    # On a CPU, folding and channels-last convolutions make the network 1.6 times as fast as pytorch-fid's.
+    for module in net.modules():
+        if isinstance(module, ConvBN):
+            module.fold()
+    # On a CPU, folding and channels-last convolutions make the network 1.6 times as fast as pytorch-fid's
     net.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.contiguous_format)
     return Extractor(net, name, digest, resize, device, inception != "random")
 
 
 def fetch_weights():
-    """The published file in torch.hub's cache, downloaded if it is not there; its hash is checked every time."""
+    """The published file in torch.hub's cache, downloaded if need be; its hash is checked every time."""
     path = Path(torch.hub.get_dir(), "checkpoints", URL.split("/")[-1])
     try:
-        if not path.is_file():                                  # ranks may do it side by side: each moves a whole file into place
+        if not path.is_file():                                  # several ranks may do it: files move whole
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH, progress=ranks()[0] == 0)
     except (OSError, HTTPException, RuntimeError) as e:         # RuntimeError: the hash is wrong
-        raise InputError(f"no Inception weights: {URL} (sha256 {HASH}...): {type(e).__name__}; --inception FILE takes a copy") from e
+        raise InputError(f"no Inception weights: {URL} (sha256 {HASH}...): {type(e).__name__}; "
+                         "--inception FILE takes a copy") from e
     if not file_hash(path).startswith(HASH):
         raise InputError(f"{path} is damaged (its sha256 is not {HASH}...): delete it")
     return path
+
+
+def load_weights(net, path):
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except BROKEN as e:
+        raise InputError(f"--inception {path}: no readable weight file "
+                         "(missing, cut off, or something else)") from e
+    want = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    bad = [k for k in want if getattr(state.get(k), "shape", None) != want[k]]
+    if bad:
+        raise InputError(f"--inception {path}: {len(bad)} of {len(want)} tensors missing or misshapen, "
+                         f"first {bad[0]}")
+    net.load_state_dict(state, strict=False)
 
 
 def file_hash(path):
@@ -263,136 +512,310 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# Metrics: pure functions of features, logits or pixels
+# ----------------------------------------------------------------------------------------------------------
+# Images
 
 
-class Moments:
-    """Mean and covariance of features in float64 sums, batch by batch; reduce() adds up all ranks."""
+class ImageSet(torch.utils.data.Dataset):
+    """n uint8 images of one size: a folder (nested or flat, sorted by path), the arr_0 of an .npz, or "toy".
 
-    def __init__(self):
-        self.n, self.sum, self.outer = 0, None, None
+    num takes so many of them, evenly spaced, so that class folders keep all their classes; image_size is the
+    ADM centre crop of each. InputError names the file that cannot be read.
+    """
 
-    def update(self, features):                                                     # (B, D)
-        x = features.detach().to("cpu" if features.device.type == "mps" else features.device).double()
-        if self.sum is None:
-            self.sum, self.outer = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
-        self.n += len(x)
-        self.sum += x.sum(0)
-        self.outer.addmm_(x.T, x)
+    def __init__(self, path, num=None, image_size=None):
+        self.path = str(path)
+        self.image_size = image_size
+        if self.path == "toy":
+            self.kind = "toy"
+            self.data = open_images("toy", image_size or 32)
+        elif os.path.isdir(path):
+            self.kind = "folder"
+            files = Path(path).rglob("*")
+            self.data = sorted(str(p) for p in files if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+        else:
+            self.kind = "npz"
+            self.data = npz_pixels(path)
+        total = len(self.data)
+        if self.kind == "toy":
+            total = num or 10_000                               # as many as one likes
+        self.n = num or total
+        if not 1 <= self.n <= total:
+            raise InputError(f"{path}: {total} images in there" + (f", --num {num} asked for" if num else ""))
+        self.indices = [i * total // self.n for i in range(self.n)]
+        self.size = None
+        self.size = tuple(self.read([0]).shape[1:3])            # (H, W) of the first image: all must have it
 
-    def reduce(self):
-        """Adds up all ranks, in place."""
-        if ranks()[1] > 1:
-            d = max(gather(0 if self.sum is None else len(self.sum)))
-            if self.sum is None:                                # a rank without images
-                self.update(torch.zeros(0, d, device="cuda" if dist.get_backend() == "nccl" else "cpu"))
-            dist.all_reduce(self.sum)
-            dist.all_reduce(self.outer)
-            self.n = sum(gather(self.n))
+    def is_jpeg(self):
+        return self.kind == "folder" and self.data[0].lower().endswith((".jpg", ".jpeg"))
+
+    def read(self, span):                                       # -> uint8 (B, H, W, 3)
+        indices = [self.indices[i] for i in span]
+        if self.kind == "toy":
+            img, _ = self.data.get_batch(indices, indices)
+            return to_uint8(img)
+        return torch.from_numpy(np.stack([self.read_one(i) for i in indices]))
+
+    def read_one(self, i):                                      # -> uint8 array (H, W, 3)
+        name = self.data[i] if self.kind == "folder" else f"{self.path} [{i}]"
+        try:
+            picture = read_image(name) if self.kind == "folder" else Image.fromarray(self.data[i])
+            if self.image_size:
+                picture = center_crop(picture, self.image_size)
+            pixels = np.array(picture)
+        except UNREADABLE as e:
+            raise InputError(f"{name}: not a readable image ({type(e).__name__}): repair or remove it") from e
+        if self.size not in (None, pixels.shape[:2]):
+            raise InputError(f"mixed sizes, {name} is {hxw(pixels.shape)}, the first {hxw(self.size)}: "
+                             "pass --image_size S")
+        return pixels
+
+    def __getitem__(self, span):                                # in a loader's process, an exit goes unheard
+        try:
+            return self.read(span)
+        except InputError as e:
+            return str(e)
+
+
+def read_batches(path, batch=64, num=None, image_size=None, workers=0):
+    """uint8 (B, H, W, 3) batches of a folder, .npz or "toy" (or an ImageSet), in order; under torchrun this
+    rank's slice. workers: processes that decode a folder's files."""
+    images = path if isinstance(path, ImageSet) else ImageSet(path, num, image_size)
+    rank, world = ranks()
+    first = images.n * rank // world
+    last = images.n * (rank + 1) // world
+    spans = [range(i, min(i + batch, last)) for i in range(first, last, batch)]
+    workers = min(workers, len(spans) // 2) if images.kind == "folder" else 0
+    for pixels in torch.utils.data.DataLoader(images, batch_size=None, sampler=spans, num_workers=workers,
+                                              pin_memory=torch.cuda.is_available()):
+        if isinstance(pixels, str):
+            raise InputError(pixels)
+        yield pixels
+
+
+def npz_pixels(path):
+    """The arr_0 of an .npz, uint8 (N, H, W, 3). np.savez stores it uncompressed: then it is mapped, not read;
+    50,000 images are gigabytes."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            member = z.getinfo("arr_0.npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            pixels = map_npy(path, member.header_offset)
+        else:
+            pixels = np.load(path)["arr_0"]
+    except BROKEN as e:
+        raise InputError(f"{path}: want a folder of images, toy, or an .npz with arr_0 (uint8 NHWC) "
+                         f"or mu and sigma ({type(e).__name__}: missing, cut off, or something else)") from e
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        raise InputError(f"{path}: arr_0 is {pixels.dtype} {pixels.shape}; want uint8 (N, H, W, 3), "
+                         "rounded and clipped to 0..255")
+    return pixels
+
+
+def map_npy(path, offset):
+    """The array of the .npy that begins soon after `offset` of a file: zip's own header comes first."""
+    npy = np.lib.format
+    with open(path, "rb") as f:
+        f.seek(offset)
+        offset += f.read(1000).index(npy.MAGIC_PREFIX)
+        f.seek(offset)
+        version = npy.read_magic(f)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read_header(f)
+        if dtype.hasobject:
+            raise ValueError("pickled objects")
+        return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Statistics and scores. A side of a comparison is opened as a pair (ImageSet or None, Statistics or None).
+
+
+@dataclass
+class Statistics:
+    """What the scores need to know of a set of images."""
+    path: str
+    kind: str                       # folder, npz, toy, stream (of a sampler), or statistics (from an .npz)
+    n: int                          # None: a file that does not say
+    size: tuple                     # (H, W), or None
+    mu: torch.Tensor                # (D,) float64
+    sigma: torch.Tensor             # (D, D)
+    features: torch.Tensor = None   # (n, D) fp32, where a metric needs them
+    logits: torch.Tensor = None     # (n, K)
+    meta: dict = None               # of a file: what it says of network and resize, {} for nothing
 
     @property
-    def mean(self):
-        return self.sum / self.n
-
-    @property
-    def cov(self):
-        if self.n < 2:
-            raise InputError("one image has no covariance: statistics need at least 2, thousands to mean much")
-        return (self.outer - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
+    def hash(self):
+        """Of mu and tr(sigma) in fp32: sums in float64 make it the same in any order and on any ranks."""
+        moments = torch.cat([self.mu, self.sigma.trace()[None]]).float()
+        return hashlib.sha256(moments.numpy().tobytes()).hexdigest()[:16]
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Frechet distance of two Gaussians, float64; arrays or tensors, mu (D,), sigma (D, D)."""
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).detach().cpu().double() for a in (mu1, sigma1, mu2, sigma2))
-    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[:1]:
-        raise InputError(f"statistics of {len(mu1)} and {len(mu2)} features come from different networks: no distance between them")
-    if not all(a.isfinite().all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise InputError("features are not finite: no distance")
-    # |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1^.5 S2 S1^.5)^.5): a symmetric matrix has real eigenvalues, so nothing turns
-    # complex when N <= D or samples collapse, as scipy's sqrtm(S1 S2) does; rounding below zero is clipped.
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ sigma2 @ root
-    trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    return max(0.0, ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item())
+def open_side(path, num=None, image_size=None):
+    """A folder, "toy" or an .npz with arr_0 -> (ImageSet, None); an .npz with mu and sigma -> (None,
+    Statistics); ADM's files have both. InputError for anything else."""
+    if not zipfile.is_zipfile(path):
+        return ImageSet(path, num, image_size), None
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "meta") if name in file}
+            has_images = "arr_0" in file
+        meta = json.loads(str(arrays.get("meta", "{}")))
+    except BROKEN as e:
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}: cut off, or something else)") from e
+    if "mu" not in arrays or "sigma" not in arrays:
+        return ImageSet(path, num, image_size), None
+    mu = arrays["mu"]
+    sigma = arrays["sigma"]
+    if mu.ndim != 1 or sigma.shape != mu.shape * 2 or mu.dtype.kind != "f" or not np.isfinite(sigma).all():
+        raise InputError(f"{path}: want finite mu (D,) and sigma (D, D), "
+                         f"not {mu.dtype} {mu.shape} and {sigma.shape}")
+    mu = torch.from_numpy(mu)
+    sigma = torch.from_numpy(sigma)
+    stored = Statistics(str(path), "statistics", meta.get("n"), meta.get("size"), mu, sigma, meta=meta)
+    if has_images:
+        return ImageSet(path, num, image_size), stored
+    return None, stored
 
 
-def inception_score(logits, splits=10):
-    """(mean, std) over splits of exp(mean KL(p(y|x) || p(y))), float64, shuffled by RandomState(2020): samples often come
-    sorted by class. The convention is torch-fidelity's; fewer images than splits make one split."""
-    order = torch.from_numpy(np.random.RandomState(2020).permutation(len(logits)))
-    logits = logits.detach().cpu()[order]
-    n, scores = len(logits), []
-    splits = splits if n >= splits else 1
-    for i in range(splits):
-        log_p = logits[i * n // splits:(i + 1) * n // splits].double().log_softmax(1)    # (n / splits, K)
-        log_q = log_p.logsumexp(0) - math.log(len(log_p))       # log of the mean: never log(0)
-        scores.append((log_p.exp() * (log_p - log_q)).sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
+def measure(side, extractor, metrics=METRICS, batch=64, workers=0):
+    """What open_side gives -> Statistics, with the features and logits that the metrics need."""
+    images, stored = side
+    if images is None or stored and not {"is", "precision", "recall"} & set(metrics):
+        return stored
+    batches = read_batches(images, batch, workers=workers)
+    made = statistics_of(batches, extractor, metrics, images.n, images.path, images.kind)
+    if stored:      # ADM's files: mu and sigma of all training images; 10,000 images for precision and recall
+        return replace(stored, features=made.features, logits=made.logits, size=made.size)
+    return made
 
 
-def precision_recall(real, fake, k=3, rows=None):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) -> (share of fake inside the real manifold, share of real inside
-    the fake one); a manifold is the union of balls around its points out to the k-th neighbour, the point itself not counted.
-    Distances in float64 (ADM: fp16), `rows` rows at a time: 50k x 50k needs 2 GB, not 20."""
-    if min(len(real), len(fake)) <= k:
-        raise InputError(f"precision and recall need more than k = {k} images on each side, got {len(real)} and {len(fake)}")
-    real, fake = real.double(), fake.double()
-    rows = rows or max(1, 2 ** 27 // max(len(real), len(fake)))                     # 1 GiB of distances
+def statistics_of(batches, extractor, metrics=METRICS, total=None, path="samples", kind="stream"):
+    """Batches of uint8 (B, H, W, 3), from a folder or straight from a sampler, through the network ->
+    Statistics, with the features (N, D) and logits (N, K) that the metrics need.
 
-    def chunks(a, b):
-        norm_a, norm_b = a.square().sum(1), b.square().sum(1)
-        for i in range(0, len(a), rows):
-            scale = norm_a[i:i + rows, None] + norm_b
-            d = torch.addmm(scale, a[i:i + rows], b.T, alpha=-2)                    # (rows, len(b)) squared distances
-            # Below fp32's rounding of the features (1e-5 of their length) two images are one: exact for duplicates.
-            yield i, d.masked_fill_(d < 1e-10 * scale, 0)
-
-    def radius(a):
-        return torch.cat([d.kthvalue(k + 1, dim=1).values for _, d in chunks(a, a)])    # + 1: the point itself comes first
-
-    radius_real, radius_fake = radius(real), radius(fake)
-    inside_real, inside_fake = [], real.new_zeros(len(real), dtype=torch.bool)
-    for i, d in chunks(fake, real):
-        inside_real.append((d <= radius_real).any(1))
-        inside_fake |= (d <= radius_fake[i:i + rows, None]).any(0)
-    return torch.cat(inside_real).double().mean().item(), inside_fake.double().mean().item()
-
-
-def psnr(a, b):
-    """uint8 (B, H, W, 3) twice -> (B,): 10 log10(255^2 / mse) of each image over pixels and channels; inf for equal images.
-    The published evaluation takes it so, on uint8, and averages over images."""
-    mse = (a.float() - b.float()).square().mean((1, 2, 3))      # exact to 1e-7: differences are whole numbers
-    return 10 * torch.log10(255 ** 2 / mse)
+    Under torchrun each rank gives its own batches and gets the statistics of all. total: of the progress bar.
+    InputError for images of different sizes.
+    """
+    rank, world = ranks()
+    moments = Moments()
+    features = []
+    logits = []
+    sizes = set()
+    with tqdm(total=total and total // world, desc=path[-30:], unit="img", disable=rank > 0) as bar:
+        for pixels in batches:
+            new_features, new_logits = extractor(pixels)        # (B, D), (B, K) or None
+            moments.update(new_features)
+            sizes.add(tuple(pixels.shape[1:3]))
+            if {"precision", "recall"} & set(metrics):
+                features.append(new_features.cpu())
+            if "is" in metrics and new_logits is not None:
+                logits.append(new_logits.cpu())
+            bar.update(len(pixels))
+    sizes = sorted(set().union(*gather(sizes)))
+    if len(sizes) != 1:
+        some = " ".join(map(hxw, sizes[:3]))
+        raise InputError(f"{path}: images of {len(sizes)} sizes {some}: one is wanted")
+    moments.reduce()
+    mu = moments.mean.cpu()
+    sigma = moments.cov.cpu()
+    return Statistics(path, kind, moments.n, sizes[0], mu, sigma, gather_rows(features), gather_rows(logits))
 
 
-def ssim(a, b):
-    """uint8 (B, H, W, 3) twice -> (B,): SSIM with an 11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, range 255, of
-    each RGB channel where the window fits, averaged: torchmetrics with data_range=(0, 255) as in the published evaluation, and
-    scikit-image with gaussian_weights=True, use_sample_covariance=False, data_range=255."""
-    if min(a.shape[1:3]) < 11:
-        raise InputError(f"SSIM's window is 11 pixels wide, the images are {a.shape[1]}x{a.shape[2]}: leave ssim out of --metrics")
-    x, y = (v.permute(0, 3, 1, 2).float() - 128 for v in (a, b))                    # around grey: float32 then has the digits
-    window = torch.exp(-(torch.arange(11, device=x.device) - 5) ** 2 / (2 * 1.5 ** 2))
-    maps = torch.stack([x, y, x * x, y * y, x * y])                                 # (5, B, 3, H, W)
-    rows = (window / window.sum()).expand(maps[..., 0, 0].numel(), 1, 1, 11).contiguous()
-    with full_precision(x.device):                              # one depthwise convolution: 5 times as fast as single channels
-        flat = F.conv2d(maps.flatten(0, 2), rows, groups=len(rows))
-        maps = F.conv2d(flat, rows.mT.contiguous(), groups=len(rows)).unflatten(0, maps.shape[:3])
-    mx, my, xx, yy, xy = maps                                                       # (B, 3, H - 10, W - 10)
-    vx, vy, cov = xx - mx * mx, yy - my * my, xy - mx * my
-    mx, my, c1, c2 = mx + 128, my + 128, (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean((1, 2, 3))
+def check_comparable(samples, reference, allow_small):
+    """InputError for two ImageSets or Statistics that cannot be compared, as far as n and size are known."""
+    if samples.size and reference.size and tuple(samples.size) != tuple(reference.size):
+        raise InputError(f"{samples.path} is {hxw(samples.size)}, {reference.path} {hxw(reference.size)}: "
+                         "scores need equal sizes (--image_size S crops images)")
+    for side in (samples, reference):
+        if side.n is not None and side.n < MIN_IMAGES and not allow_small:
+            raise InputError(f"{side.path}: {side.n} images; scores are biased below {MIN_IMAGES}: "
+                             "add images, or pass --allow_small")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# Images and reference statistics
+def compare(samples, reference, extractor, metrics=METRICS, allow_small=False):
+    """Two Statistics -> dict of the scores, None where one cannot be had (the notes say why), and of all that
+    they depend on. InputError where they cannot be compared."""
+    check_comparable(samples, reference, allow_small)
+    notes = []
+    for side in (samples, reference):
+        if side.meta == {}:
+            notes.append(f"{side.path} does not say its count, resize and network: make sure that they fit")
+        elif side.meta:
+            how = side.meta["features_hash"], side.meta["resize"]
+            if how != (extractor.hash, extractor.resize):
+                raise InputError(f"{side.path} was made with {side.meta['features']}, --resize {how[1]}: "
+                                 f"not comparable with {extractor.name}, --resize {extractor.resize}")
+    scores = dict.fromkeys(("fid", "is", "is_std", "precision", "recall"))
+    if "fid" in metrics:
+        scores["fid"] = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
+        d = len(samples.mu)
+        if samples.n and samples.n <= d:
+            notes.append(f"{samples.n} images, {d} features: the covariance is singular, "
+                         "the distance biased upwards")
+        if samples.sigma.trace() <= 1e-9 * samples.mu.square().sum():
+            notes.append("the samples are all alike (constant images?)")
+    if samples.hash == reference.hash:
+        notes.append("samples and reference are identical")
+    if "is" in metrics and samples.logits is not None:
+        scores["is"], scores["is_std"] = inception_score(samples.logits)
+    elif "is" in metrics:
+        notes.append("no logits of the samples: no score of them")
+    if {"precision", "recall"} & set(metrics):
+        real = reference.features
+        fake = samples.features
+        if real is None or fake is None or min(len(real), len(fake)) <= 3:
+            notes.append("precision and recall need images on both sides, more than 3")
+        else:
+            device = "cuda" if extractor.device.type == "cuda" else "cpu"       # float64, which mps has not
+            scores["precision"], scores["recall"] = precision_recall(real.to(device), fake.to(device))
+    count = str(samples.n or "?")
+    if count.endswith("000"):
+        count = count[:-3] + "k"
+    other = f"Frechet distance of {extractor.name}, {count} images"
+    return dict(
+        scores, name=f"FID-{count}" if extractor.inception else other, n=samples.n, n_reference=reference.n,
+        samples=samples.path, samples_hash=samples.hash,
+        reference=reference.path, reference_kind=reference.kind, reference_hash=reference.hash,
+        image_size=samples.size or reference.size,
+        features=extractor.name, features_hash=extractor.hash, resize=extractor.resize, notes=notes)
+
+
+def score(batches, reference, extractor, metrics=METRICS[:4], allow_small=False, total=None):
+    """Batches of uint8 (B, H, W, 3) as a sampler makes them -> the dict of compare: FID-50k without a disk.
+    reference: a path, or the Statistics of measure or statistics_of, which can serve again."""
+    if isinstance(reference, (str, Path)):
+        reference = measure(open_side(str(reference)), extractor, metrics)
+    samples = statistics_of(batches, extractor, metrics, total)
+    return compare(samples, reference, extractor, metrics, allow_small)
+
+
+def pairwise(samples, reference, metrics, batch=64, workers=0):
+    """Mean PSNR and SSIM of two ImageSets, the i-th against the i-th -> {metric: mean}. InputError where they
+    do not pair up."""
+    if not samples or not reference or (samples.n, samples.size) != (reference.n, reference.size):
+        raise InputError("psnr and ssim compare image with image: both sides must be images, "
+                         "equally many and of one size")
+    functions = {"psnr": psnr, "ssim": ssim}
+    sums = dict.fromkeys(metrics, 0)
+    left = read_batches(samples, batch, workers=workers)
+    right = read_batches(reference, batch, workers=workers)
+    for a, b in zip(left, right):
+        for m in metrics:
+            sums[m] += functions[m](a, b).double().sum().item()
+    parts = gather(sums)
+    return {m: sum(part[m] for part in parts) / samples.n for m in metrics}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ranks, and the command line
 
 
 def ranks():
     """(rank, number of ranks): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def gather(thing):
@@ -403,293 +826,152 @@ def gather(thing):
     return things
 
 
-def show(size):
-    return "x".join(str(n) for n in size[:2])                                       # height x width
+def gather_rows(parts):
+    """A list of (B, D) tensors on each rank -> the rows of all ranks, (N, D), or None if there are none."""
+    parts = sum(gather(parts), [])
+    if not parts:
+        return None
+    return torch.cat(parts)
 
 
-class Images(torch.utils.data.Dataset):
-    """n uint8 images of one size: a folder (nested or flat, sorted by path), the arr_0 of an .npz, or "toy". num takes so many
-    of them, evenly spaced, so that class folders keep all their classes; image_size is the ADM centre crop of each."""
-
-    def __init__(self, path, num=None, image_size=None):
-        self.path, self.image_size, self.size, self.stats = str(path), image_size, None, None
-        if self.path == "toy":
-            self.kind, self.data = "toy", open_images("toy", image_size or 32)
-        elif os.path.isdir(path):
-            self.kind, files = "folder", Path(path).rglob("*")
-            self.data = sorted(str(p) for p in files if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
-        else:
-            self.kind, self.data = "npz", npz_pixels(path)
-        total = len(self.data) if self.kind != "toy" else num or 10_000
-        if not total or num is not None and not 1 <= num <= total:
-            raise InputError(f"{path}: {total} images in there" + (f", --num {num} asked for" if num is not None else ""))
-        self.n = num or total
-        self.indices = [i * total // self.n for i in range(self.n)]
-        self.size = tuple(self.read(range(1)).shape[1:3])       # (H, W) of the first image: all must have it
-
-    def read(self, span):                                                           # -> uint8 (B, H, W, 3)
-        indices, images = [self.indices[i] for i in span], []
-        if self.kind == "toy":
-            return to_uint8(self.data.get_batch(indices, indices)[0])
-        for i in indices:
-            name = self.data[i] if self.kind == "folder" else f"{self.path} [{i}]"
-            try:
-                img = read_image(name) if self.kind == "folder" else PIL.Image.fromarray(self.data[i])
-                images.append(np.array(center_crop(img, self.image_size) if self.image_size else img))
-            except UNREADABLE as e:
-                raise InputError(f"{name}: not a readable image ({type(e).__name__}): repair or remove it") from e
-            if self.size not in (None, images[-1].shape[:2]):
-                raise InputError(f"mixed sizes, {name} is {show(images[-1].shape)}, the first {show(self.size)}: pass --image_size S")
-        return torch.from_numpy(np.stack(images))
-
-    def __getitem__(self, span):                                # in the loader's processes, where an exit would go unheard
-        try:
-            return self.read(span)
-        except InputError as e:
-            return str(e)
+def hxw(size):
+    return f"{size[0]}x{size[1]}" if size else "?x?"
 
 
-def read_batches(path, batch=64, num=None, image_size=None, workers=0):
-    """uint8 (B, H, W, 3) batches of a folder, .npz or "toy" (or Images), in order; under torchrun this rank's slice."""
-    images, (rank, size) = path if isinstance(path, Images) else Images(path, num, image_size), ranks()
-    stop = (rank + 1) * images.n // size
-    spans = [range(i, min(i + batch, stop)) for i in range(rank * images.n // size, stop, batch)]
-    for img in torch.utils.data.DataLoader(images, batch_size=None, sampler=spans, pin_memory=torch.cuda.is_available(),
-                                           num_workers=min(workers, len(spans) // 2) if images.kind == "folder" else 0):
-        if isinstance(img, str):
-            raise InputError(img)
-        yield img
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="fid.py SAMPLES REFERENCE [flags], or fid.py REFERENCE --save_stats FILE.npz; --help")
+    add = parser.add_argument
+    add("samples",
+        help="folder of images (nested or flat), .npz with arr_0 (uint8 NHWC) or mu and sigma, or toy")
+    add("reference", nargs="?", help="the same")
+    add("--metrics", default=",".join(METRICS[:4]),
+        help=f"some of {','.join(METRICS)}; psnr and ssim: image by image")
+    add("--inception", default="default",
+        help="default: the published weights; random: seeded, no download; or a file of weights")
+    add("--features", metavar="FILE.pt2",
+        help="another network, of torch.export, on uint8 images (B,H,W,3) or (B,3,H,W)")
+    add("--resize", choices=("tf", "torch"), default="tf",
+        help="to 299 px: tf as ADM and torch-fidelity, torch as pytorch-fid")
+    add("--image_size", type=int, metavar="S",
+        help="ADM centre crop of the images to S; without it pixels are taken as they are")
+    add("--num", type=int, metavar="N",
+        help="score N samples, evenly spaced; the reference stays whole (toy: N too)")
+    add("--allow_small", action="store_true", help=f"score fewer than {MIN_IMAGES} images")
+    add("--save_stats", metavar="FILE.npz", help="write mu and sigma of the reference")
+    add("--json", nargs="?", const="", metavar="FILE",
+        help="print the JSON line only; with FILE, write it there too")
+    add("--batch_size", type=int, default=64, help="images through the network at a time")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where the network runs (cuda where there is one)")
+    args = parser.parse_args(argv)
+    args.metrics = args.metrics.split(",")
+    if not set(args.metrics) <= set(METRICS):
+        raise InputError(f"--metrics {','.join(args.metrics)}: some of {','.join(METRICS)}")
+    for flag, least in (("num", 1), ("image_size", 1), ("batch_size", 1), ("workers", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise InputError(f"--{flag} {value}: wanted {least} or more")
+    path = args.save_stats
+    if path and not path.endswith(".npz") or not path and args.reference is None:
+        raise InputError("want fid.py SAMPLES REFERENCE, or fid.py REFERENCE --save_stats FILE.npz")
+    return args
 
 
-def npz_pixels(path):
-    """The arr_0 of an .npz, uint8 (N, H, W, 3): np.savez stores it uncompressed, so it is mapped, not read: 50,000 are GBs."""
-    try:
-        with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
-            info, (version, _), npy = z.getinfo("arr_0.npy"), np.lib.format.read_magic(f), np.lib.format
-            shape, fortran, dtype = (npy.read_array_header_1_0 if version == 1 else npy.read_array_header_2_0)(f)
-            start = f.tell()
-        with open(path, "rb") as f:                             # before the data: zip's local header (30 bytes, name, extra), npy's
-            f.seek(info.header_offset + 26)
-            start += info.header_offset + 30 + sum(np.frombuffer(f.read(4), "<u2").tolist())
-        stored = info.compress_type == zipfile.ZIP_STORED and dtype == np.uint8
-        array = np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C") if stored else np.load(path)["arr_0"]
-    except BROKEN as e:
-        raise InputError(f"{path}: want a folder of images, toy, or an .npz with arr_0 (uint8 NHWC) or mu and sigma "
-                         f"({type(e).__name__}: missing, cut off, or something else)") from e
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        raise InputError(f"{path}: arr_0 is {array.dtype} {array.shape}; want uint8 (N, H, W, 3), rounded and clipped to 0..255")
-    return array
+def open_sides(args):
+    """{"samples": .., "reference": ..} as open_side gives them; one positional argument is the reference."""
+    paths = {"reference": args.samples}
+    if args.reference is not None:
+        paths = {"samples": args.samples, "reference": args.reference}
+    sides = {}
+    for role in sorted(paths, key=lambda role: paths[role] == "toy"):   # toy last: it follows the other
+        num = args.num
+        size = args.image_size
+        if paths[role] == "toy":
+            for images, stored in sides.values():
+                other = images or stored
+                num = num or other.n
+                size = size or other.size and other.size[0]
+        elif role == "reference" and len(paths) == 2:
+            num = None                                          # it stays whole
+        sides[role] = open_side(paths[role], num, size)
+    return sides
 
 
-def open_side(path, num=None, image_size=None):
-    """-> Images, or the statistics of an .npz with mu and sigma: path, kind, n, size, hash, mu, sigma, meta (how they were made,
-    in our files) and no features. ADM's files hold both: Images, the statistics as its .stats."""
-    data = {}
-    try:
-        if zipfile.is_zipfile(path):
-            with np.load(path) as file:
-                data = {k: file[k] for k in ("mu", "sigma", "meta") if k in file}
-                more = "arr_0" in file
-    except BROKEN as e:
-        raise InputError(f"{path}: cannot be read ({type(e).__name__}: cut off, or something else)") from e
-    if not {"mu", "sigma"} <= set(data):
-        return Images(path, num, image_size)
-    mu, sigma, meta = data["mu"], data["sigma"], json.loads(str(data.get("meta", "{}")))
-    if mu.ndim != 1 or sigma.shape != mu.shape * 2 or mu.dtype.kind != "f" or not np.isfinite(sigma).all():
-        raise InputError(f"{path}: want finite mu (D,) and sigma (D, D), not {mu.dtype} {mu.shape} and {sigma.shape}")
-    stats = SimpleNamespace(path=str(path), kind="statistics", n=meta.get("n"), size=meta.get("size"), meta=meta, features=None,
-                            logits=None, mu=torch.from_numpy(mu), sigma=torch.from_numpy(sigma),
-                            hash=hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:16])
-    if more:
-        images = Images(path, num, image_size)
-        images.stats = stats
-    return images if more else stats
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Scores
-
-
-def collect(batches, extractor, metrics=METRICS, total=None, path="samples", kind="stream"):
-    """Batches of uint8 (B, H, W, 3), from a folder or straight from a sampler, through the network -> statistics (see open_side),
-    with the (N, D) features and (N, K) logits that the metrics need. Under torchrun each rank gives its own batches and gets the
-    statistics of all. The hash, a sum of CRC-32s, does not depend on the order."""
-    moments, features, logits, sizes, digest = Moments(), [], [], set(), 0
-    with tqdm(total=total and total // ranks()[1], desc=path[-30:], unit="img", disable=ranks()[0] > 0) as bar:
-        for img in batches:
-            f, l = extractor(img)
-            moments.update(f)
-            sizes.add(tuple(img.shape[1:3]))
-            digest += sum(zlib.crc32(x) for x in img.cpu().numpy())                 # while a GPU works; the next lines wait for it
-            if {"precision", "recall"} & set(metrics):
-                features.append(f.cpu())
-            if "is" in metrics and l is not None:
-                logits.append(l.cpu())
-            bar.update(len(img))
-    parts = gather([torch.cat(x) if x else None for x in (features, logits)] + [sizes, digest])
-    features, logits = [torch.cat(x) if (x := [p[i] for p in parts if p[i] is not None]) else None for i in (0, 1)]
-    sizes = sorted(set().union(*(p[2] for p in parts)))
-    if len(sizes) != 1:
-        raise InputError(f"{path}: images of {len(sizes)} sizes {' '.join(map(show, sizes[:3]))}: one is wanted")
-    moments.reduce()
-    return SimpleNamespace(path=path, kind=kind, n=moments.n, size=sizes[0], mu=moments.mean, sigma=moments.cov, meta=None,
-                           features=features, logits=logits, hash=f"{sum(p[3] for p in parts):016x}")
-
-
-def measure(side, extractor, metrics=METRICS, batch=64, workers=0):
-    """Statistics of what open_side has opened, with all that the metrics need."""
-    if not isinstance(side, Images) or side.stats and not {"is", "precision", "recall"} & set(metrics):
-        return getattr(side, "stats", side)
-    stats = collect(read_batches(side, batch, workers=workers), extractor, metrics, side.n, side.path, side.kind)
-    if side.stats:      # ADM's files: mu and sigma are of the whole training set, arr_0 has 10,000 images for precision and recall
-        stats = SimpleNamespace(**{**vars(side.stats), "features": stats.features, "logits": stats.logits, "size": stats.size})
-    return stats
-
-
-def guard(samples, reference, allow_small):
-    """Refuses what cannot be compared, as far as n and size are known."""
-    if samples.size and reference.size and tuple(samples.size) != tuple(reference.size):
-        raise InputError(f"{samples.path} is {show(samples.size)}, {reference.path} {show(reference.size)}: scores need equal sizes "
-                         "(--image_size S crops images)")
-    for side in (samples, reference):
-        if side.n is not None and side.n < MIN_IMAGES and not allow_small:
-            raise InputError(f"{side.path}: {side.n} images; scores are biased below {MIN_IMAGES}: add images, or pass --allow_small")
-
-
-def compare(samples, reference, extractor, metrics=METRICS, allow_small=False):
-    """Two statistics -> dict of scores (None where they cannot be had: the notes say why) and of what they depend on."""
-    guard(samples, reference, allow_small)
-    out, notes = dict.fromkeys(("fid", "is", "is_std", "precision", "recall")), []
-    for side in (samples, reference):
-        if side.meta and (side.meta["features_hash"], side.meta["resize"]) != (extractor.hash, extractor.resize):
-            raise InputError(f"{side.path} was made with {side.meta['features']}, --resize {side.meta['resize']}: not comparable with "
-                             f"{extractor.name}, --resize {extractor.resize}")
-        if side.meta == {}:
-            notes.append(f"{side.path} does not say its count, resize and network: make sure that they fit")
-    if "fid" in metrics:
-        out["fid"] = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
-        if samples.n and samples.n <= len(samples.mu):
-            notes.append(f"{samples.n} images, {len(samples.mu)} features: the covariance is singular, the distance biased upwards")
-        if samples.sigma.trace() <= 1e-9 * samples.mu.square().sum():
-            notes.append("the samples are all alike (constant images?)")
-    if samples.hash == reference.hash:
-        notes.append("samples and reference are identical")
-    if "is" in metrics and samples.logits is not None:
-        out["is"], out["is_std"] = inception_score(samples.logits)
-    elif "is" in metrics:
-        notes.append("no logits of the samples: no score of them")
-    if {"precision", "recall"} & set(metrics):
-        device = "cuda" if extractor.device.type == "cuda" else "cpu"               # float64, which mps has not
-        if min(0 if side.features is None else len(side.features) for side in (samples, reference)) > 3:
-            out["precision"], out["recall"] = precision_recall(*(side.features.to(device) for side in (reference, samples)))
-        else:
-            notes.append("precision and recall need images on both sides, more than 3")
-    count = "?" if samples.n is None else f"{samples.n // 1000}k" if samples.n % 1000 == 0 else samples.n
-    return dict(out, name=f"FID-{count}" if extractor.inception else f"Frechet distance of {extractor.name}, {count} images",
-                n=samples.n, n_reference=reference.n, samples=samples.path, samples_hash=samples.hash, reference=reference.path,
-                reference_kind=reference.kind, reference_hash=reference.hash, image_size=samples.size or reference.size,
-                features=extractor.name, features_hash=extractor.hash, resize=extractor.resize, notes=notes)
-
-
-def score(batches, reference, extractor, metrics=METRICS[:4], allow_small=False, total=None):
-    """Scores uint8 (B, H, W, 3) batches as a sampler makes them: FID-50k without a disk. reference: a path, or the statistics
-    of collect or measure, which can serve again."""
-    if isinstance(reference, (str, Path)):
-        reference = measure(open_side(str(reference)), extractor, metrics)
-    return compare(collect(batches, extractor, metrics, total), reference, extractor, metrics, allow_small)
-
-
-def paired(samples, reference, metrics, batch, workers):
-    """Mean PSNR and SSIM of two Images, the i-th against the i-th."""
-    if not all(isinstance(s, Images) for s in (samples, reference)) or (samples.n, samples.size) != (reference.n, reference.size):
-        raise InputError("psnr and ssim compare image with image: both sides must be images, equally many and of one size")
-    sums = dict.fromkeys(metrics, 0)
-    for a, b in zip(*(read_batches(side, batch, workers=workers) for side in (samples, reference))):
-        sums = {m: sums[m] + {"psnr": psnr, "ssim": ssim}[m](a, b).double().sum().item() for m in metrics}
-    return {m: sum(part[m] for part in gather(sums)) / samples.n for m in metrics}
+def save_statistics(path, statistics, extractor):
+    """mu, sigma and meta, which says how they were made, to an .npz; returns meta."""
+    meta = dict(n=statistics.n, size=statistics.size, hash=statistics.hash, features=extractor.name,
+                features_hash=extractor.hash, resize=extractor.resize)
+    np.savez(path + ".tmp.npz", mu=statistics.mu, sigma=statistics.sigma, meta=json.dumps(meta))
+    os.replace(path + ".tmp.npz", path)
+    return meta
 
 
 def main(argv=None):
-    p, start = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="fid.py SAMPLES REFERENCE [flags], or fid.py REFERENCE --save_stats FILE.npz; --help"), time.time()
-    a = p.add_argument
-    a("samples", help="folder of images (nested or flat), .npz of uint8 NHWC (arr_0) or of mu and sigma, or toy")
-    a("reference", nargs="?", help="the same")
-    a("--metrics", default=",".join(METRICS[:4]), help="some of " + ",".join(METRICS) + "; psnr and ssim: image by image")
-    a("--inception", default="default", help="default: the published weights; random: seeded, no download; or a file of weights")
-    a("--features", metavar="FILE.pt2", help="another network, of torch.export, on uint8 images (B,H,W,3) or (B,3,H,W)")
-    a("--resize", choices=("tf", "torch"), default="tf", help="to 299 px: tf as ADM and torch-fidelity, torch as pytorch-fid")
-    a("--image_size", type=int, metavar="S", help="ADM centre crop of the images to S; without it pixels are taken as they are")
-    a("--num", type=int, metavar="N", help="score N samples, evenly spaced; the reference stays whole (toy: N too)")
-    a("--allow_small", action="store_true", help=f"score fewer than {MIN_IMAGES} images")
-    a("--save_stats", metavar="FILE.npz", help="write mu and sigma of the reference")
-    a("--json", nargs="?", const="", metavar="FILE", help="print the JSON line only; with FILE, write it there too")
-    a("--batch_size", type=int, default=64, help="images through the network at a time")
-    a("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images")
-    a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the network runs (cuda where there is one)")
-    args = p.parse_args(argv)
-    metrics, two = args.metrics.split(","), args.reference is not None
-    if set(metrics) - set(METRICS):
-        raise InputError(f"--metrics {args.metrics}: some of {','.join(METRICS)}")
-    if not two and not args.save_stats or args.save_stats and not args.save_stats.endswith(".npz"):
-        raise InputError("want fid.py SAMPLES REFERENCE, or fid.py REFERENCE --save_stats FILE.npz")
-    if min(args.batch_size, 1 if args.image_size is None else args.image_size) < 1 or args.workers < 0:
-        raise InputError("--batch_size and --image_size must be positive, --workers not negative")
+    start = time.time()
+    args = parse(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    say = print if ranks()[0] == 0 and args.json is None else lambda line: None
+    rank, world = ranks()
 
-    paths = {"samples": args.samples, "reference": args.reference} if two else {"reference": args.samples}
-    sides, stats, result, notes = {}, {}, {}, []
-    for role in sorted(paths, key=lambda role: paths[role] == "toy"):               # toy comes last and takes after the other
-        toy, other = paths[role] == "toy", next(iter(sides.values()), SimpleNamespace(n=None, size=None))
-        num, size = args.num if toy or role == "samples" or not two else None, args.image_size
-        if toy:
-            num, size = other.n if num is None else num, size or (other.size and other.size[0])
-        side = sides[role] = open_side(paths[role], num, size)
-        say(f"{role}: {side.path}, {side.n or '?'} images, {show(side.size or '??')} ({side.kind})")
-        if role == "samples" and side.kind == "folder" and side.data[0].lower().endswith((".jpg", ".jpeg")):
-            notes.append("the samples are JPEGs, whose artefacts count: PNG and npz keep samples as they are")
-    pairs = [m for m in ("psnr", "ssim") if m in metrics and two]
-    if set(metrics) - set(pairs) or args.save_stats:
+    def print0(line):
+        if rank == 0 and args.json is None:
+            print(line)
+
+    sides = open_sides(args)
+    known = {role: images or stored for role, (images, stored) in sides.items()}
+    for role, side in known.items():
+        print0(f"{role}: {side.path}, {side.n or '?'} images, {hxw(side.size)} ({side.kind})")
+    two = len(sides) == 2
+    pairs = [m for m in ("psnr", "ssim") if m in args.metrics and two]
+    result = {}
+    prefix = ""
+    if set(args.metrics) - set(pairs) or args.save_stats:
         if two:
-            guard(sides["samples"], sides["reference"], args.allow_small)           # before the work
+            check_comparable(**known, allow_small=args.allow_small)             # before the work
         extractor = load_extractor(args.inception, args.features, args.device, args.resize)
-        say(f"features: {extractor.name} ({extractor.hash}), resize {extractor.resize}, fp32")
-        for role, side in sides.items():
-            needed = set(metrics) - ({"is"} if role == "reference" else set()) if two else ()
-            stats[role] = measure(side, extractor, needed, args.batch_size, args.workers)
-        if args.save_stats and ranks()[0] == 0:
-            ref, temporary = stats["reference"], args.save_stats + ".tmp.npz"
-            result = dict(n=ref.n, size=ref.size, hash=ref.hash, features=extractor.name, features_hash=extractor.hash,
-                          resize=extractor.resize)
-            np.savez(temporary, mu=ref.mu.cpu().numpy(), sigma=ref.sigma.cpu().numpy(), meta=json.dumps(result))
-            os.replace(temporary, args.save_stats)
-            say(f"statistics of {ref.n} images -> {args.save_stats}")
+        print0(f"features: {extractor.name} ({extractor.hash}), resize {extractor.resize}, fp32")
+        if not extractor.inception:
+            prefix = f"{extractor.name}: "
+        needed = {"samples": set(args.metrics), "reference": set(args.metrics) - {"is"} if two else set()}
+        statistics = {role: measure(side, extractor, needed[role], args.batch_size, args.workers)
+                      for role, side in sides.items()}
+        if args.save_stats and rank == 0:
+            result = save_statistics(args.save_stats, statistics["reference"], extractor)
+            print0(f"statistics of {result['n']} images -> {args.save_stats}")
         if two:
-            result = compare(stats["samples"], stats["reference"], extractor, metrics, args.allow_small)
+            result = compare(**statistics, extractor=extractor, metrics=args.metrics,
+                             allow_small=args.allow_small)
     if pairs:
-        result.update(paired(sides["samples"], sides["reference"], pairs, args.batch_size, args.workers))
-    names = (result.get("name"), "Inception Score", "precision", "recall", "PSNR", "SSIM")
-    for m, name in zip(METRICS, names):
-        if result.get(m) is not None:
-            of = f"{extractor.name}: " if m in METRICS[1:4] and not extractor.inception else ""
-            say(f"{of}{name} {result[m]:.4f}" + (f" +- {result['is_std']:.4f}" if m == "is" else ""))
-            result[m] = None if result[m] == math.inf else result[m]                # PSNR of equal images; JSON has no infinity
-    result["notes"] = notes = result.get("notes", []) + notes
+        result.update(pairwise(sides["samples"][0], sides["reference"][0], pairs,
+                               args.batch_size, args.workers))
+
+    names = (result.get("name"), prefix + "Inception Score", prefix + "precision", prefix + "recall",
+             "PSNR", "SSIM")
+    for metric, name in zip(METRICS, names):
+        if result.get(metric) is not None:
+            spread = f" +- {result['is_std']:.4f}" if metric == "is" else ""
+            print0(f"{name} {result[metric]:.4f}{spread}")
+    if result.get("psnr") == math.inf:                          # equal images; JSON has no infinity
+        result["psnr"] = None
+    notes = result.setdefault("notes", [])
+    if two and sides["samples"][0] and sides["samples"][0].is_jpeg():
+        notes.append("the samples are JPEGs, whose artefacts count: PNG and npz keep samples as they are")
     for note in notes:
-        say(f"note: {note}")
-    result.update(seconds=round(time.time() - start, 1), versions={
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__})
-    if ranks()[0] == 0:
+        print0(f"note: {note}")
+    result["seconds"] = round(time.time() - start, 1)
+    result["versions"] = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                              pillow=PIL.__version__)
+    if rank == 0:
         if args.json:
             Path(args.json).write_text(json.dumps(result) + "\n")
         print(json.dumps(result), flush=True)
-    if ranks()[1] > 1:
+    if world > 1:
         dist.destroy_process_group()
 
 

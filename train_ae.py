@@ -1,28 +1,30 @@
 """Stage 1: train a DC-AE, with or without the structured latent space of DC-AE 1.5.
 
-    python train_ae.py --toy                                          # minutes on a laptop CPU, nothing to download
-    torchrun train_ae.py --c 128 --f 64 --data imagenet/train         # one GPU, phase 1 of the full model
-    torchrun --nproc_per_node 8 train_ae.py --phase 2 --init out/dc-ae-1.5-f64c128 --c 128 --f 64 --data imagenet/train
+    python train_ae.py --toy                                    # minutes on a laptop CPU, nothing to download
+    torchrun train_ae.py --c 128 --f 64 --data imagenet/train   # one GPU, phase 1 of the full model
+    torchrun --nproc_per_node 8 train_ae.py --phase 2 --init out/dc-ae-1.5-f64c128 --data imagenet/train
 The same command again goes on from the last checkpoint in --out; a larger --steps goes on further.
 
 Three phases (Decoupled High-Resolution Adaptation, DC-AE Sec. 3.3; 1.5 keeps its masks on in all of them):
     1 low-resolution full training        everything        L1 + LPIPS
     2 high-resolution latent adaptation   the middle        L1 + LPIPS
     3 low-resolution local refinement     the decoder head  L1 + LPIPS + PatchGAN
-The authors published neither losses, weights, channel list nor optimiser of this stage; every number below says where
-it comes from: [paper], [thread] mit-han-lab/efficientvit#143, [community] lavinal712/AutoencoderKL branch dc-ae, [ours].
-
-The first half of this file is the training skeleton that train_diffusion.py uses too. Shapes: B batch, H W pixels.
+The authors published neither losses, weights, channel list nor optimiser of this stage; every number below
+says where it comes from: [paper], [thread] mit-han-lab/efficientvit#143, [community] lavinal712/AutoencoderKL
+branch dc-ae, [ours]. A reader may stop at the rule "The machinery of both trainers".
+Letters: B images of a batch, b of a micro-batch on a rank, H W pixels, c latent channels, c' = c_prime kept.
 """
 
 import argparse
 import atexit
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -36,29 +38,572 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_model_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
-from ae import (DCAE, AEConfig, InputError, ToyImages, channel_mask, open_images, parse_channels, read_checkpoint, save_grid,
-                to_uint8)
+from ae import (DCAE, AEConfig, InputError, channel_mask, doubling, evenly_spaced, open_images,
+                parse_channels, read_checkpoint, save_grid, to_uint8)
 
-PHASES = {  # phase: trainable tensors (regular expression), default resolution, lr, AdamW betas, weight decay, GAN weight
-    1: (r"", 256, 6.4e-5, (0.9, 0.999), 0.1, 0.0),                                        # [community] lr, betas, wd
-    2: (r"encoder\.project_out|decoder\.project_in", 512, 1.6e-5, (0.9, 0.999), 0.001, 0.0),  # [community]
-    3: (r"decoder\.project_out", 256, 5.4e-5, (0.5, 0.9), 0.0, 0.1),                      # [community]; GAN weight [ours]
+PHASES = {  # defaults of the flags. lr, betas, weight decay: [community]; sizes: [paper]; GAN weight: [ours]
+    1: dict(image_size=[256], lr=6.4e-5, betas=(0.9, 0.999), weight_decay=0.1, gan=0.0),
+    2: dict(image_size=[512], lr=1.6e-5, betas=(0.9, 0.999), weight_decay=0.001, gan=0.0),
+    3: dict(image_size=[256], lr=5.4e-5, betas=(0.5, 0.9), weight_decay=0.0, gan=0.1),
 }
-TOY = dict(f=8, c=32, widths="16,32,32,64", depths="0,1,1,1", image_size=[32], batch_size=16, steps=4500, lr=2e-3, betas=(0.9, 0.99),
-           weight_decay=0.01, warmup=50, cooldown=4000, save_every=1000, eval_every=1500, eval_num=256, log_every=25, lpips=0.0,
-           out="out/toy-ae")
+TRAINABLE = {  # phase: tensors that train, as the papers' "middle" and "head" layers are read here [ours]
+    1: r"",
+    2: r"encoder\.project_out|decoder\.project_in",
+    3: r"decoder\.project_out",
+}
+TOY = dict(f=8, c=32, widths="16,32,32,64", depths="0,1,1,1", image_size=[32], batch_size=16, steps=4500,
+           lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=50, cooldown=4000, save_every=1000,
+           eval_every=1500, eval_num=256, log_every=25, lpips=0.0, out="out/toy-ae")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The training skeleton: ranks, data order, checkpoints, signals, guard, log
+# ----------------------------------------------------------------------------------------------------------
+# Losses besides L1: LPIPS and a PatchGAN
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018) with the lpips package's networks, always in fp32. img,
+    rec (B,3,H,W) in [-1,1] -> (B,). The package divides by sqrt(sum x^2) + eps, whose gradient is nan where
+    all features are zero; here eps stands inside the root, so that gradients are finite everywhere."""
+
+    def __init__(self, net="vgg", random=False):
+        super().__init__()
+        import lpips
+        file = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}[net]
+        try:
+            self.metric = lpips.LPIPS(net=net, pnet_rand=random, verbose=False).requires_grad_(False).eval()
+        except OSError as e:                                    # no network (URLError), no disk
+            raise InputError(f"LPIPS needs {file}: https://download.pytorch.org/models/{file} in "
+                             f"{torch.hub.get_dir()}/checkpoints; or --lpips 0") from e
+
+    def forward(self, img, rec):
+        metric, distance = self.metric, 0.0
+        with torch.autocast(img.device.type, enabled=False):
+            features = (metric.net(metric.scaling_layer(x.float())) for x in (img, rec))
+            for a, b, linear in zip(*features, metric.lins):    # (B,C,h,w) of each layer
+                a, b = (x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10) for x in (a, b))
+                distance = distance + linear((a - b).square()).mean((1, 2, 3))
+        return distance
+
+
+class PatchGAN(nn.Sequential):
+    """70 x 70 patch discriminator (Isola et al. 2017): (B,3,H,W) -> logits (B,1,h,w). GroupNorm in place of
+    BatchNorm: real and fake then share no statistics, and ranks need no synchronisation [ours]."""
+
+    def __init__(self, width=64):
+        layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for k, stride in ((1, 2), (2, 2), (4, 1)):
+            layers += [nn.Conv2d(k * width, 2 * k * width, 4, stride, padding=1, bias=False),
+                       nn.GroupNorm(32, 2 * k * width), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, stride=1, padding=1))
+
+
+class Adversary:
+    """Phase 3's other player: a PatchGAN with its own AdamW [ours]. No gradient of one player reaches the
+    other."""
+
+    def __init__(self, args, ranks):
+        self.args, self.ranks = args, ranks
+        self.disc = PatchGAN().to(ranks.device)
+        self.params = list(self.disc.parameters())
+        self.opt = adamw(self.params, args.lr, (0.5, 0.9), 0.0)
+        self.guard = Guard(ranks.device)
+
+    def weight(self, step):
+        """Of its verdict in the autoencoder's loss: none while it trains alone."""
+        return self.args.gan if step >= self.args.disc_warmup else 0.0
+
+    def autoencoder_loss(self, rec):
+        self.disc.requires_grad_(False)
+        loss = -self.disc(rec).mean()
+        self.disc.requires_grad_(True)
+        return loss
+
+    def own_loss(self, img, rec):
+        real, fake = self.disc(torch.cat([img, rec.detach()])).chunk(2)
+        # hinge loss (Lim & Ye 2017): real logits above 1, fake logits below -1
+        loss = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
+        return loss, {"d": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+
+    def step(self):
+        for p in self.params:
+            self.ranks.mean(p.grad)
+        self.guard.step(self.opt, self.params, self.args.clip)
+
+    def load(self, ckpt):
+        if not ckpt["disc"]:
+            raise InputError(f"--gan: the run in {self.args.out} has no discriminator; "
+                             "name it by --init, and another --out")
+        self.disc.load_state_dict(ckpt["disc"])
+        self.opt.load_state_dict(ckpt["disc_optimizer"])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The training step
+
+
+class AutoencoderStep(nn.Module):
+    """The module that ranks wrap: img (b,3,H,W), mask (1,c,1,1) -> reconstruction (b,3,H,W), mean of z^2."""
+
+    def __init__(self, ae):
+        super().__init__()
+        self.ae = ae
+
+    def forward(self, img, mask):
+        z = self.ae.encode(img)                                 # (b,c,h,w)
+        # DC-AE 1.5 Eq. (1): minimise l(x, D(E(x) * mask_{c,c'})) over a random c' in each step
+        rec = self.ae.decode(z * mask)
+        return rec.float(), z.detach().float().square().mean()
+
+
+def main(argv=None):
+    args = parse(argv)                                          # flag > --toy > the phase's recipe
+    ranks = start_ranks()
+    config, ae = configure(args, ranks)                         # ae: of --init, else None
+    if args.dry_run:
+        return dry_run(args, ranks, config)
+    if args.eval_only:
+        return evaluate_only(args, ranks, ae)
+    data = None if args.bench else open_images(args.data, args.size, train=True, seed=args.seed)
+
+    # The network, and what trains it
+    torch.manual_seed(args.seed)
+    ae = to_device(ae or DCAE(config), args, ranks)
+    select_trainable(ae, args.phase, args.train)
+    forward = parallel(AutoencoderStep(ae), ae.stages(), ranks, args)       # compiled; DDP or FSDP2
+    params = [p for p in ae.parameters() if p.requires_grad]
+    opt = adamw(params, args.lr, args.betas, args.weight_decay)
+    perceptual = open_perceptual(args, ranks) if args.lpips else None
+    adversary = Adversary(args, ranks) if args.gan else None
+
+    # Where the run stands
+    run, start_step = Run(args, ranks), 0
+    z_square = torch.tensor(1 / ae.scale**2, device=ranks.device)  # running mean of z^2; scale = 1 / its root
+    kept = dict(config=asdict(config), phase=args.phase, train=args.train, image_size=args.size,
+                channels=args.channels)
+    before = after = None                                       # tables of phase 3, before and after it
+    if ckpt := run.resume("ae", **kept):
+        start_step, z_square, before = ckpt["step"], ckpt["z_square"].to(ranks.device), ckpt["before"]
+        load_state(ae, opt, ckpt, args)
+        if adversary:
+            adversary.load(ckpt)
+    guard = Guard(ranks.device, ckpt, ae.buffers())             # skips non-finite steps; puts BatchNorm back
+    evaluation = Evaluation(args, ranks, config, args.size) if args.eval_every else None
+    if evaluation and args.phase == 3 and not before:
+        before = evaluation.report(ae, start_step)
+
+    # The loop
+    stream = random_batch(args, ranks) if args.bench else batches(data, args, ranks, start_step)
+    encoder_trains = any(p.requires_grad for p in ae.encoder.parameters())
+    for step in run.steps(start_step):
+        lr = set_lr(learning_rate(step, args), opt, adversary and adversary.opt)
+        c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
+        mask = channel_mask(config.c, c_prime, ranks.device)    # (1,c,1,1): c' ones, then zeros
+        names = loss_names(config.c, args.channels, c_prime)     # loss, loss_c<bin>
+        step_z_square = 0.0
+
+        for micro in range(args.accumulate):
+            img, _ = run.next(stream)                           # (b,3,H,W) in [-1,1]
+            sync_gradients(forward, micro == args.accumulate - 1)  # ranks average in the last one only
+            with autocast(args, ranks):
+                rec, z2 = forward(img, mask)                    # Eq. (1)
+            l1 = (rec - img).abs().mean()
+            loss, terms = l1, {"l1": l1}
+            if perceptual:
+                terms["lpips"] = perceptual(img, rec).mean()
+                loss = loss + args.lpips * terms["lpips"]
+            if adversary:
+                terms["g"] = adversary.autoencoder_loss(rec)
+                loss = loss + adversary.weight(step) * terms["g"]
+            (loss / args.accumulate).backward()
+
+            if adversary:                                       # the other player's turn
+                disc_loss, disc_terms = adversary.own_loss(img, rec)
+                (disc_loss / args.accumulate).backward()
+                terms |= disc_terms
+            step_z_square = step_z_square + z2 / args.accumulate
+            run.add(**dict.fromkeys(names, loss), **terms)
+
+        grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
+        run.add(grad_norm=grad_norm)
+        if adversary:
+            adversary.step()
+            run.add(gan_weight=torch.full_like(grad_norm, adversary.weight(step)))
+        if encoder_trains:
+            z_square = running_mean(z_square, step_z_square, step, taken)
+        run.log(step, guard, lr=lr, c_prime=c_prime)
+
+        done, stop = step + 1, run.stop                         # read once: a signal may come at any line
+        if stop or run.due(done, args.save_every):
+            z_square = ranks.mean(z_square)                     # ranks saw different images
+            save(run, done, ae, opt, adversary, guard, z_square, before, kept)
+        if stop:
+            break
+        if run.due(done, args.eval_every):
+            after = evaluation.report(ae, done)
+    run.close()
+    if args.bench:
+        return run.bench_line(model_name(config), meta_cost(config, args)[0])
+    show_gain(ranks, before, after)
+
+
+def save(run, done, ae, opt, adversary, guard, z_square, before, kept):
+    model, optimizer = whole_state(ae, opt)
+    run.save({"kind": "ae", **kept, "step": done, "model": model, "optimizer": optimizer,
+              "scale": float(z_square.rsqrt()), "z_square": z_square.cpu(),
+              "disc": adversary.disc.state_dict() if adversary else None,
+              "disc_optimizer": adversary.opt.state_dict() if adversary else None,
+              "skipped": int(guard.skipped), "before": before})
+
+
+def running_mean(z_square, step_z_square, step, taken):
+    """Over about the last 100 steps that were taken [ours]."""
+    moved = torch.lerp(z_square, step_z_square, max(0.01, 1 / (step + 1)))
+    return torch.where(taken > 0, moved, z_square)
+
+
+def to_device(ae, args, ranks):
+    ae = ae.to(ranks.device)
+    if ranks.device.type == "cuda" and not args.fsdp:
+        ae = ae.to(memory_format=torch.channels_last)
+    return ae
+
+
+def random_batch(args, ranks):
+    """One batch of noise, for ever: --bench."""
+    b = args.batch_size // (ranks.size * args.accumulate)
+    img = torch.randn(b, 3, args.size, args.size, device=ranks.device).clamp(-1, 1)
+    return itertools.repeat((img, None))
+
+
+def open_perceptual(args, ranks):
+    perceptual = LPIPS("vgg").to(ranks.device, memory_format=torch.channels_last)
+    if args.compile:
+        perceptual.compile()
+    return perceptual
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all ranks; unlike torch's own it also runs under gloo on CPU."""
+
+    def forward(self, x):                                       # (b,C,H,W)
+        return self.over_ranks(x) if self.training and dist.is_initialized() else super().forward(x)
+
+    @torch.compiler.disable                                     # its all_reduce cannot be traced
+    def over_ranks(self, x):
+        n = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = differentiable_all_reduce(x.float().sum((0, 2, 3))) / n      # (C,)
+        away = x.float() - mean[:, None, None]
+        var = differentiable_all_reduce(away.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
+def select_trainable(ae, phase, train):
+    """Freeze all but the tensors that --phase and --train name; returns their names. BatchNorm of a frozen
+    stage stays in eval mode, so that its statistics do not move; elsewhere it counts the batches of all
+    ranks."""
+    pattern = {"phase": TRAINABLE[phase], "all": r"", "decoder": r"decoder\."}[train]
+    for name, p in ae.named_parameters():
+        p.requires_grad_(re.match(pattern, name) is not None)
+    ae.train()
+    for m in ae.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.__class__ = SyncBatchNorm                         # same tensors, another forward
+            m.train(m.weight.requires_grad)
+    return [name for name, p in ae.named_parameters() if p.requires_grad]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation: one row per c'
+
+
+class Evaluation:
+    """Pictures that nothing trains on, rebuilt from the first c' channels: PSNR and SSIM on uint8 (data range
+    255), LPIPS and rFID where their weights are at hand. ADM crop, eval mode, fp32; ranks share the
+    pictures."""
+
+    def __init__(self, args, ranks, config, size):
+        self.args, self.ranks, self.config, self.size = args, ranks, config, size
+        self.data = open_images(args.val or args.data, size, train=False, seed=args.seed)
+        num = args.eval_num or (1024 if not args.eval_only else 2048 if args.data == "toy" else None)
+        self.numbers = evenly_spaced(self.data, num)
+        self.rows = doubling(config.c, args.channels[0])
+        if args.eval_channels:
+            self.rows = sorted(set(parse_channels(args.eval_channels, config.c)))
+        self.scores = {"psnr": lambda img, rec: fid.psnr(to_uint8(img), to_uint8(rec)),
+                       "ssim": lambda img, rec: fid.ssim(to_uint8(img), to_uint8(rec))}
+        self.extractor = None
+        if args.eval_only or args.data != "toy":
+            self.add_networks()
+
+    def add_networks(self):
+        """LPIPS (AlexNet, as the published evaluation) and rFID's network; what cannot be had is named and
+        left out."""
+        try:
+            lpips = LPIPS("alex").to(self.ranks.device)
+            self.scores["lpips"] = lambda img, rec: lpips(img, rec.clamp(-1, 1))
+        except InputError as e:
+            self.ranks.print0(f"lpips left out: {e}")
+        try:
+            self.extractor = fid.load_extractor(self.args.inception, self.args.features, self.ranks.device)
+        except InputError as e:
+            self.ranks.print0(f"rfid left out: {e}")
+
+    @torch.no_grad()
+    def table(self, ae):
+        """[{c_prime, psnr, ssim, lpips, rfid, n}, ...]; ae: in eval mode, whole on every rank."""
+        ranks, mine = self.ranks, self.numbers[self.ranks.rank::self.ranks.size]
+        size = max(1, self.args.batch_size // ranks.size)
+        order = [mine[i:i + size] for i in range(0, len(mine), size)]
+        sums = torch.zeros(len(self.rows), len(self.scores), dtype=torch.float64, device=ranks.device)
+        real, fake = fid.Moments(), [fid.Moments() for _ in self.rows]
+        stream = load(Stream(self.data), order, self.args.workers, ranks.device)
+        for img, _ in tqdm(stream, desc="evaluating", unit="batch", disable=not ranks.is_main, leave=False):
+            img = img.to(ranks.device)
+            z = ae.encode(img)
+            if self.extractor:
+                real.update(self.extractor(to_uint8(img))[0])
+            for k, c_prime in enumerate(self.rows):
+                rec = ae.decode(z * channel_mask(self.config.c, c_prime, z.device))
+                sums[k] += torch.stack([score(img, rec).sum() for score in self.scores.values()])
+                if self.extractor:
+                    fake[k].update(self.extractor(to_uint8(rec))[0])
+        if ranks.size > 1:
+            dist.all_reduce(sums)
+            for moments in (real, *fake):
+                moments.reduce()
+        table, n = [], len(self.numbers)
+        for c_prime, row, moments in zip(self.rows, (sums / n).tolist(), fake):
+            row = {"c_prime": c_prime, **dict(zip(self.scores, row)), "n": n}
+            if self.extractor:
+                row["rfid"] = fid.frechet_distance(real.mean, real.cov, moments.mean, moments.cov)
+            table.append(row)
+        return table
+
+    @torch.no_grad()
+    def picture(self, ae, path):
+        """PNG: pictures in the top row, their reconstructions from the first c' channels below, a row for
+        each c'."""
+        numbers = evenly_spaced(self.data, 8)
+        img = self.data.get_batch(numbers, numbers)[0].to(self.ranks.device)
+        z = ae.encode(img)
+        recs = [ae.decode(z * channel_mask(self.config.c, c_prime, z.device)) for c_prime in self.rows]
+        titles = ["original"] + [f"c' = {c_prime}" for c_prime in self.rows]
+        save_grid(to_uint8(torch.cat([img, *recs])), path, len(numbers), rows=titles)
+
+    def show(self, table):
+        names = [name for name in table[0] if name not in ("c_prime", "n")]
+        lines = [f"reconstruction at {self.size} px, {len(self.numbers)} images"]
+        if self.extractor:
+            lines[0] += f"; rfid: {self.extractor.name}"
+        lines += ["".join(f"{name:>9}" for name in ("c_prime", *names))]
+        for row in table:
+            lines += [f"{row['c_prime']:>9}" + "".join(f"{row[name]:>9.3f}" for name in names)]
+        return "\n".join(lines)
+
+    def report(self, ae, step):
+        """The table of a training run's network: on the screen, in eval.jsonl, with a picture beside it."""
+        still = DCAE(self.config).to(self.ranks.device).eval()      # whole on every rank, also under --fsdp
+        still.load_state_dict(whole_weights(ae))
+        table = self.table(still)
+        if self.ranks.is_main:
+            self.picture(still, f"{self.args.out}/recon_{step:07d}.png")
+            with open(f"{self.args.out}/eval.jsonl", "a") as f:
+                f.write(json.dumps({"step": step, "table": table}) + "\n")
+        self.ranks.print0(f"step {step}: {self.show(table)}")
+        return table
+
+
+def show_gain(ranks, before, after):
+    """What phase 3 did to the PSNR of each c'."""
+    if before and after:
+        pairs = [f"{b['c_prime']}: {b['psnr']:.2f} -> {a['psnr']:.2f}" for b, a in zip(before, after)]
+        ranks.print0("phase 3, before -> after, PSNR per c': " + ", ".join(pairs))
+
+
+def evaluate_only(args, ranks, ae):
+    """--eval_only: a table and a picture for each --image_size; all of it in eval.json."""
+    ae, results = ae.to(ranks.device).eval(), {}
+    for size in args.image_size:
+        evaluation = Evaluation(args, ranks, ae.config, size)
+        results[size] = evaluation.table(ae)
+        if ranks.is_main:
+            os.makedirs(args.out, exist_ok=True)
+            evaluation.picture(ae, f"{args.out}/eval_{size}.png")
+            print(evaluation.show(results[size]))
+    if ranks.is_main:
+        about = {"ckpt": args.init or args.out, "data": args.val or args.data, "commit": commit(),
+                 "results": results}
+        with open(f"{args.out}/eval.json", "w") as f:
+            json.dump(about, f)
+        print(json.dumps(results))
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Flags of this stage
+
+
+def parse(argv=None):
+    p = training_flags("Train a DC-AE (1.5 with masks, or 1.0): phases 1 to 3, decoder-only, evaluation.")
+    add = p.add_argument
+    add("--val", help="folder of the evaluation; else --data in the evaluation crop (toy: other pictures)")
+    add("--image_size", type=int, nargs="+", help="pixels, a multiple of f; several only with --eval_only, "
+        "which like --train decoder takes the checkpoint's own size")
+    add("--f", type=int, help="spatial compression, 2^k >= 4; without --init 32")
+    add("--c", type=int, help="latent channels; without --init 128")
+    add("--version", choices=["1.5", "1.0"], help="network of DC-AE 1.5 or 1.0; without --init 1.5")
+    add("--width", type=int, default=128, help="base width of every stage; 128 is the published size")
+    add("--widths", type=whole_numbers, help="width of each stage, e.g. 16,32,64,64, in place of --width")
+    add("--depths", type=whole_numbers, help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
+    add("--shortcuts", action=argparse.BooleanOptionalAction, default=True,
+        help="residual autoencoding shortcuts; off for the ablation")
+    add("--channels", help="c' of Eq. 1: 16:128:4, 16,32,64 (given twice: drawn twice as often), or one "
+        "number; c alone: no masks. Else the checkpoint's, 16,20,...,c [paper], or with --toy c/8,...,c")
+    add("--phase", type=int, choices=PHASES, default=1,
+        help="1 full training, 2 high-resolution adaptation, 3 GAN refinement")
+    add("--init", help="autoencoder to start from (run folder, file, published name); phases 2 and 3 need it")
+    add("--train", choices=["phase", "all", "decoder"], default="phase",
+        help="which tensors train; decoder leaves the encoder as it is")
+    add("--lpips", type=float, help="weight of LPIPS-VGG [ours]; 0 with built-in images")
+    add("--gan", type=float, help="weight of the PatchGAN hinge loss")
+    add("--disc_warmup", type=int, default=1000, help="steps in which the discriminator trains alone [ours]")
+    add("--eval_only", action="store_true", help="evaluate --init or the run in --out: one row per c'")
+    add("--eval_channels", help="rows of the evaluation; else doubling from the smallest c'")
+    add("--eval_num", type=int, help="images of an evaluation; else 1024 in training, all with --eval_only")
+    add("--inception", default="default", help="of rFID: default, random or a file, as in fid.py")
+    add("--features", help="of rFID: another feature network, as in fid.py")
+    p.set_defaults(steps=200_000, warmup=1000)                  # [ours]
+
+    def recipe(args):
+        own_size = args.eval_only or args.train == "decoder"    # that of the checkpoint
+        return {**PHASES[args.phase], "lpips": 0.0 if args.data == "toy" else 1.0,
+                **({"image_size": None} if own_size else {})}
+    return parse_flags(p, recipe, TOY, argv)
+
+
+def configure(args, ranks):
+    """Settle what depends on the network, check it, say it in a line. Returns (config, the autoencoder of
+    --init)."""
+    ae = open_init(args)
+    config, info = (ae.config, ae.info) if ae else (config_of_flags(args), {})
+    args.channels = training_channels(args, config.c, ranks, info.get("channels"))
+    args.image_size = args.image_size or [info.get("image_size") or PHASES[args.phase]["image_size"][0]]
+    args.size = args.image_size[0]
+    for size in args.image_size:
+        if size < 1 or size % config.f:
+            raise InputError(f"--image_size {size}: not a multiple of f = {config.f}")
+    if len(args.image_size) > 1 and not args.eval_only:
+        raise InputError(f"--image_size {args.image_size}: several sizes only with --eval_only")
+    if args.gan and args.size < 24:
+        raise InputError(f"--image_size {args.size}: the discriminator of --gan needs 24 px or more")
+    args.out = args.out or default_out(args, config)
+    settle_batch(args, ranks, per_cuda_rank=16, training=not args.eval_only)  # 16: [ours]
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DCAE(config).parameters())
+    masks = "= c: no masks"
+    if set(args.channels) != {config.c}:
+        masks = f"from {args.channels[0]} to {args.channels[-1]} ({len(set(args.channels))} values)"
+    ranks.print0(f"{'evaluating' if args.eval_only else 'training'} {model_name(config)}, "
+                 f"{parameters / 1e6:.1f} M parameters, phase {args.phase}, on {data_name(args)}, "
+                 f"{'/'.join(map(str, args.image_size))} px, global batch {args.batch_size}, c' {masks}, "
+                 f"L1 + {args.lpips:g} LPIPS + {args.gan:g} GAN, lr {args.lr:g}, "
+                 f"{args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
+    return config, ae
+
+
+def open_init(args):
+    """The autoencoder of --init, or of the run in --out that a later phase or --eval_only goes on with; else
+    None."""
+    source, later = args.init, args.eval_only or args.phase > 1
+    if source is None and later and args.out and os.path.exists(f"{args.out}/ckpt.pt"):
+        source = args.out
+    if source is None:
+        if later:
+            flag = "--eval_only" if args.eval_only else f"--phase {args.phase}"
+            raise InputError(f"{flag} needs --init CKPT (the run before it)")
+        return None
+    ae = DCAE.from_pretrained(source)
+    for flag in ("f", "c", "version"):
+        given, have = getattr(args, flag), getattr(ae.config, flag)
+        if given not in (None, have):
+            raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
+    return ae
+
+
+def config_of_flags(args):
+    given = {flag: getattr(args, flag) for flag in ("f", "c", "version", "width")}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    return AEConfig(**given, shortcuts=args.shortcuts,
+                    encoder_widths=args.widths, decoder_widths=args.widths,
+                    encoder_depths=args.depths, decoder_depths=args.depths)
+
+
+def whole_numbers(text):
+    return tuple(int(n) for n in text.split(","))
+
+
+def model_name(config):
+    return f"DC-AE-{config.version}-f{config.f}c{config.c}"
+
+
+def default_out(args, config):
+    """A folder named after the model, so that two models never share one."""
+    if args.eval_only and os.path.isdir(args.init or ""):
+        return args.init
+    name = f"out/dc-ae-{config.version}-f{config.f}c{config.c}"
+    if args.widths or args.width != 128:
+        name += "-w" + "-".join(map(str, args.widths or [args.width]))
+    if args.depths:
+        name += "-d" + "-".join(map(str, args.depths))
+    if not config.shortcuts:
+        name += "-no-shortcuts"
+    if set(args.channels) == {config.c}:
+        name += "-plain"
+    if args.phase > 1:
+        name += f"-phase{args.phase}"
+    if args.train != "phase":
+        name += f"-{args.train}"
+    return name
+
+
+def meta_cost(config, args):
+    """(forward MACs, activation bytes, network, names of its trainable tensors) of one image, without memory
+    for it."""
+    with torch.device("meta"):
+        ae = DCAE(config)
+        img, mask = torch.empty(1, 3, args.size, args.size), torch.empty(1, config.c, 1, 1)
+    trainable = select_trainable(ae, args.phase, args.train)
+    step = AutoencoderStep(ae)
+    return *cost(lambda: step(img, mask)[0].abs().mean(), ae), ae, trainable
+
+
+def dry_run(args, ranks, config):
+    macs, activations, ae, trainable = meta_cost(config, args)
+    tensors = dict(ae.named_parameters())
+    for name in trainable:
+        ranks.print0(f"  trains {name} {tuple(tensors[name].shape)}")
+    return print_estimate(args, ranks, model_name(config), ae, macs, activations, copies=1)
+
+
+# ==========================================================================================================
+# The machinery of both trainers: ranks, flags, data order, guard, DDP and FSDP2, save and resume, log, cost
+# ==========================================================================================================
 
 
 @dataclass
@@ -68,154 +613,189 @@ class Ranks:
     device: torch.device = torch.device("cpu")
 
     @property
-    def first(self):
+    def is_main(self):
         return self.rank == 0
 
     def mean(self, x):
-        """Mean over ranks of a tensor, in place (a sum over ranks in fp32, then a division)."""
+        """Mean over ranks of a tensor, in place (a sum in fp32, then a division)."""
         if self.size > 1:
             dist.all_reduce(x)
             x /= self.size
         return x
 
-    def say(self, *words):
-        if self.first:
-            tqdm.write(" ".join(str(w) for w in words))
+    def print0(self, text):
+        if self.is_main:
+            tqdm.write(text)
 
 
 def start_ranks():
     """One process per GPU under torchrun (gloo on CPU), a single process otherwise."""
     cuda = torch.cuda.is_available()
-    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif "OMP_NUM_THREADS" not in os.environ or size > 1:        # torchrun sets 1 thread for every rank
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))      # ranks wait while one decodes or draws
+    if size > 1 and not dist.is_initialized():                  # 12 h: ranks wait while one decodes
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     return Ranks(rank, size, device)
 
 
+def end_ranks():
+    if dist.is_initialized():                                   # or gloo's threads may end it badly
+        dist.destroy_process_group()
+
+
+# --- Flags ------------------------------------------------------------------------------------------------
+
+
 def training_flags(description):
-    """Flags of both trainers; values that depend on model or machine are None here and filled by the script."""
-    p = argparse.ArgumentParser(description=description, usage="%(prog)s [--flag value ...]   (--help explains each)",
+    """Flags of both trainers. A default of None is filled by the recipe, or by what the text says."""
+    cuda = torch.cuda.is_available()
+    p = argparse.ArgumentParser(description=description,
+                                usage="%(prog)s [--flag value ...]   (--help explains each)",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    a = p.add_argument
-    a("--toy", action="store_true", help="small preset that a CPU trains in minutes; any flag beside it wins")
-    a("--data", help="image folder (class folders, or flat: unconditional), or toy. Default: built-in toy images")
-    a("--out", help="run folder: ckpt.pt, log.jsonl, pictures. Default: out/ + a name of the model")
-    a("--steps", type=int, help="optimiser steps in total; a larger number goes on from the checkpoint")
-    a("--batch_size", type=int, help="global batch, divisible by ranks x accumulate")
-    a("--accumulate", type=int, default=1, help="micro-batches per step and rank")
-    a("--lr", type=float, help="absolute learning rate, never rescaled")
-    a("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW")
-    a("--weight_decay", type=float, help="AdamW")
-    a("--warmup", type=int, help="steps of linear warm-up; constant afterwards")
-    a("--cooldown", type=int, default=0, help="the last steps, in which the rate falls linearly to 0")
-    a("--clip", type=float, default=1.0, help="gradient norm clipping; 0: off")
-    a("--seed", type=int, default=0, help="of weights, data order, noise and c'")
-    a("--dtype", choices=["bf16", "fp32"], help="autocast; master weights are fp32. Default: bf16 on CUDA, else fp32")
-    a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile. Default: on for CUDA")
-    a("--save_every", type=int, default=1000, help="steps between checkpoints")
-    a("--eval_every", type=int, help="steps between evaluations with pictures; 0: never")
-    a("--log_every", type=int, help="steps between log lines: the only host synchronisation, and where ranks agree to stop. Default: CPU 1, CUDA 10")
-    a("--workers", type=int, help="data loader processes per rank. Default: CPU 0, CUDA 8")
-    a("--bench", action="store_true", help="time the real training step on random inputs; one JSON line, no files")
-    a("--dry_run", action="store_true", help="print model, cost and memory; no data, no GPU; one JSON line last")
-    a("--fsdp", action="store_true", help="shard weights, moments and average over ranks (FSDP2) instead of copying them (DDP)")
-    a("--gpus", type=int, default=8, help="of --dry_run: GPUs, for memory per rank and days")
-    a("--tflops", type=float, default=300.0, help="of --dry_run: sustained TFLOP/s per GPU for the days")
+    add = p.add_argument
+    add("--toy", action="store_true", help="small preset that a CPU trains in minutes; flags beside it win")
+    add("--data", default="toy", help="folder of class folders or flat (unconditional); toy: built-in images")
+    add("--out", help="run folder: ckpt.pt, log.jsonl, pictures; else out/ + a name of the model")
+    add("--steps", type=int, help="optimiser steps in total; a larger number goes on from the checkpoint")
+    add("--batch_size", type=int, help="global batch, divisible by ranks x accumulate")
+    add("--accumulate", type=int, default=1, help="micro-batches per step and rank")
+    add("--lr", type=float, help="absolute learning rate, never rescaled")
+    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW")
+    add("--weight_decay", type=float, help="AdamW")
+    add("--warmup", type=int, help="steps of linear warm-up; constant afterwards")
+    add("--cooldown", type=int, default=0, help="the last steps, in which the rate falls linearly to 0")
+    add("--clip", type=float, default=1.0, help="gradient norm clipping; 0: off")
+    add("--seed", type=int, default=0, help="of weights, data order, noise and c'")
+    add("--dtype", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
+        help="autocast; weights are fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile")
+    add("--save_every", type=int, default=1000, help="steps between checkpoints")
+    add("--eval_every", type=int, default=5000, help="steps between evaluations with pictures; 0: never")
+    add("--log_every", type=int, default=10 if cuda else 1,
+        help="steps between log lines: the only host synchronisation, and where ranks agree to stop")
+    add("--workers", type=int, default=8 if cuda else 0, help="data loader processes per rank")
+    add("--bench", action="store_true", help="time the loop on a random batch; one JSON line, no files")
+    add("--dry_run", action="store_true", help="model, cost, memory; no data, no GPU; one JSON line last")
+    add("--fsdp", action="store_true", help="FSDP2: weights, moments, average sharded over ranks; else DDP")
+    add("--gpus", type=int, default=8, help="of --dry_run: GPUs, for memory per rank and days")
+    add("--tflops", type=float, default=300.0, help="of --dry_run: sustained TFLOP/s per GPU for the days")
     return p
 
 
-def parse_flags(p, toy, argv=None):
-    """--toy replaces the defaults, so that any flag given beside it wins."""
-    if p.parse_known_args(argv)[0].toy:
-        p.set_defaults(**toy)
+def parse_flags(p, recipe, toy, argv=None):
+    """flag > --toy > recipe > default: recipes and --toy replace defaults, so that any flag given beside them
+    wins. `recipe` maps the flags as given so far (phase, model, ...) to defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    known = [word for word in argv if word not in ("-h", "--help")]  # help waits for the recipe's numbers
+    if not p.parse_known_args(known)[0].toy:
+        toy = {}
+    p.set_defaults(**toy)
+    p.set_defaults(**recipe(p.parse_known_args(known)[0]) | toy)
     args = p.parse_args(argv)
-    least = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "log_every", "gpus"), 1)
-    least |= dict.fromkeys(("seed", "lr", "weight_decay", "warmup", "cooldown", "clip", "workers", "eval_every"), 0)
-    for name, low in least.items():
-        if getattr(args, name) is not None and not getattr(args, name) >= low:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least {low}")
-    for name in {"betas", "ema", "label_dropout"} & set(vars(args)):
-        if not all(0 <= v < 1 for v in np.atleast_1d(getattr(args, name) or 0)):
-            raise InputError(f"--{name} {getattr(args, name)}: must lie in [0, 1)")
+    check_flags(args)
+    args.betas = tuple(args.betas)
+    if args.bench:                                              # the first steps are not timed
+        args.timed = 20 if torch.cuda.is_available() else 3
+        args.steps = args.timed + (5 if torch.cuda.is_available() else 1)
+        args.save_every = args.eval_every = 0
     return args
 
 
-def settle_channels(args, c, ranks, known=None):
-    """--channels; without it what the checkpoint was trained with, the toy preset's short list, or the paper's list."""
-    if args.channels or not (known or args.toy):
+def check_flags(args):
+    at_least = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "log_every", "gpus"), 1)
+    at_least |= dict.fromkeys(("seed", "lr", "weight_decay", "warmup", "cooldown", "clip", "workers"), 0)
+    at_least["eval_every"] = 0
+    for name, low in at_least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise InputError(f"--{name} {value}: must be at least {low}")
+    for name in {"betas", "ema", "label_dropout"} & set(vars(args)):
+        if not all(0 <= share < 1 for share in np.atleast_1d(getattr(args, name))):
+            raise InputError(f"--{name} {getattr(args, name)}: must lie in [0, 1)")
+    if args.data != "toy" and not args.dry_run and not os.path.exists(args.data):
+        raise InputError(f"--data {args.data}: no such folder")
+
+
+def training_channels(args, c, ranks, known=None):
+    """The list that c' is drawn from: --channels, else the checkpoint's, the toy preset's short one, or the
+    paper's."""
+    if args.channels:
         channels = parse_channels(args.channels, c)
+    elif known:
+        channels = known
     else:
-        channels = known or eval_channels(c, [c])
+        channels = doubling(c, c) if args.toy else parse_channels(None, c)
     if channels[-1] < c:
-        ranks.say(f"--channels ends at {channels[-1]} of {c}: the channels behind it never train")
+        ranks.print0(f"--channels ends at {channels[-1]} of {c}: the channels behind it never train")
     return channels
 
 
-def fill_machine_flags(args, ranks, batch_per_cuda_rank):
-    cuda = ranks.device.type == "cuda"
-    args.dtype = args.dtype or ("bf16" if cuda else "fp32")
-    args.compile = cuda if args.compile is None else args.compile
-    args.log_every = args.log_every or (10 if cuda else 1)
-    args.workers = (8 if cuda else 0) if args.workers is None else args.workers
+def settle_batch(args, ranks, per_cuda_rank, training=True):
+    """The default global batch: the recipe's per rank; 1 where a CPU trains."""
     if args.batch_size is None:
-        full = cuda or args.dry_run or getattr(args, "eval_only", False)             # only training is slow on a CPU
-        args.batch_size = (batch_per_cuda_rank if full else 1) * args.accumulate * (args.gpus if args.dry_run else ranks.size)
-        if not full:
-            ranks.say(f"no --batch_size on a CPU: global batch {args.batch_size}, that is 1 per rank and micro-batch")
+        slow = training and ranks.device.type == "cpu" and not args.dry_run
+        per_rank = (1 if slow else per_cuda_rank) * args.accumulate
+        args.batch_size = per_rank * (args.gpus if args.dry_run else ranks.size)
+        if slow:
+            ranks.print0(f"no --batch_size on a CPU: global batch {args.batch_size}, "
+                         "that is 1 per rank and micro-batch")
     if args.batch_size % (ranks.size * args.accumulate):
         raise InputError(f"--batch_size {args.batch_size}: must be divisible by ranks x --accumulate = "
                          f"{ranks.size} x {args.accumulate}")
 
 
-class Stream(Dataset):
-    """The endless training set: sample n is image perm_epoch[n mod N] under augmentation n, whatever rank asks."""
+def data_name(args):
+    return "built-in toy images" if args.data == "toy" else args.data
 
-    def __init__(self, data, seed):
+
+# --- Data order -------------------------------------------------------------------------------------------
+
+
+class Stream(Dataset):
+    """The endless training set: sample n is image perm_epoch[n mod N] under augmentation n, whatever rank
+    asks. Without a seed: sample n is image n as it stands (evaluation, latent cache)."""
+
+    def __init__(self, data, seed=None):
         self.data, self.seed, self.epoch = data, seed, None
 
-    def __getitems__(self, samples):
-        images = []
-        for n in samples:
-            epoch, k = divmod(n, len(self.data))
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
-            images.append(int(self.order[k]))
-        return self.data.get_batch(images, samples)                      # (b,3,H,W), (b,)
+    def __getitem__(self, samples):                             # -> img (b,3,H,W), labels (b,)
+        images = samples if self.seed is None else [self.shuffled(n) for n in samples]
+        return self.data.get_batch(images, samples)
 
-    def __len__(self):
-        return len(self.data)
+    def shuffled(self, n):
+        epoch, k = divmod(n, len(self.data))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
+        return int(self.order[k])
 
 
-def rank_samples(step, args, ranks):
-    """Global sample numbers of one step for this rank, a list for each micro-batch."""
+def sample_numbers(step, micro, args, ranks):
+    """Global sample numbers of one micro-batch on this rank, the keys of all that is random in it."""
     b = args.batch_size // (ranks.size * args.accumulate)
-    start = step * args.batch_size + ranks.rank * args.accumulate * b
-    return [list(range(start + i * b, start + (i + 1) * b)) for i in range(args.accumulate)]
+    start = step * args.batch_size + (ranks.rank * args.accumulate + micro) * b
+    return range(start, start + b)
 
 
-class InOrder(Dataset):
-    """Pictures of a set by number, as they stand: for evaluation and the latent cache."""
-
-    def __init__(self, data, numbers):
-        self.data, self.numbers = data, numbers
-
-    def __getitems__(self, rows):
-        numbers = [self.numbers[r] for r in rows]
-        return self.data.get_batch(numbers, numbers)                     # (b,3,H,W), (b,)
-
-    def __len__(self):
-        return len(self.numbers)
+def batches(data, args, ranks, start_step):
+    """Yields (x, y) micro-batches on the device, from step `start_step` on."""
+    steps, micros = range(start_step, args.steps), range(args.accumulate)
+    order = (sample_numbers(step, micro, args, ranks) for step in steps for micro in micros)
+    for x, y in load(Stream(data, args.seed), order, args.workers, ranks.device):
+        yield x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)
 
 
-def as_is(batch):
-    return batch
+def load(dataset, order, workers, device):
+    """DataLoader of ready batches, read ahead by `workers` processes; order: iterable of lists of sample
+    numbers."""
+    if workers:
+        atexit.register(end_workers)
+    return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers,
+                      prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_signals)
 
 
 def ignore_signals(worker):
@@ -225,90 +805,176 @@ def ignore_signals(worker):
 
 
 def end_workers():
-    """At exit, whatever its reason: Python would send SIGTERM to workers that ignore it, and wait for ever."""
+    """At exit, whatever its reason: Python would send SIGTERM to workers that ignore it, and wait for
+    ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
-def load(dataset, order, workers, device):
-    """DataLoader of ready batches, read ahead by `workers` processes into pinned memory; order: lists of item numbers."""
-    if workers:
-        atexit.register(end_workers)
-    return DataLoader(dataset, batch_sampler=order, collate_fn=as_is, num_workers=workers, pin_memory=device.type == "cuda",
-                      prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
-
-
-def batches(data, args, ranks, first):
-    """Yields (x, y) micro-batches on the device from step `first` on."""
-    order = (samples for step in range(first, args.steps) for samples in rank_samples(step, args, ranks))
-    for x, y in load(Stream(data, args.seed), order, args.workers, ranks.device):
-        yield x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)
+# --- Steps ------------------------------------------------------------------------------------------------
 
 
 def draw_channels(channels, seed, step):
-    """c' of this step, uniform over `channels`: one draw for all ranks and micro-batches, a function of (seed, step).
-    NOTE differs from DC-Gen, whose ranks draw each their own [DC-Gen aecore/trainer.py @cae2205]."""
+    """c' of this step, uniform over `channels`: one draw for all ranks and micro-batches, a function of
+    (seed, step). NOTE differs from DC-Gen, whose ranks draw each their own [DC-Gen aecore/trainer.py
+    @cae2205]."""
     return random.Random(f"{seed} {step}").choice(channels)
 
 
+def loss_names(c, channels, c_prime):
+    """What the loss is logged as: loss, and with masks also by c', in bins that double."""
+    if set(channels) == {c}:
+        return ["loss"]
+    return ["loss", f"loss_c{next(k for k in doubling(c, channels[0]) if k >= c_prime)}"]
+
+
 def learning_rate(step, args, start=0.0):
-    """Of step 0, 1, ...: linear warm-up from `start`, constant, then linearly to 0 over the last --cooldown steps."""
+    """Of step 0, 1, ...: linear warm-up from `start`, constant, then linearly to 0 in the last --cooldown
+    steps."""
     warm = start + (args.lr - start) * min(1.0, (step + 1) / max(1, args.warmup))
     return warm * min(1.0, (args.steps - step) / max(1, args.cooldown))
 
 
-class Guard:
-    """Steps with a non-finite gradient are skipped and counted on the device, without waiting for it."""
-
-    def __init__(self, device):
-        self.skipped, self.in_a_row, self.worst = (torch.zeros((), device=device) for _ in range(3))
-
-    def step(self, opt, params, clip):
-        """Clip, then step unless the norm is inf or nan. Returns (gradient norm, 1.0 where the step was taken)."""
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if clip:
-            nn.utils.clip_grads_with_norm_(params, clip, norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm                # FSDP2: a DTensor
-        bad = (~torch.isfinite(norm)).float()
-        opt.found_inf = bad                    # fused AdamW leaves weights and moments alone where found_inf is 1
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        self.skipped += bad
-        self.in_a_row.add_(1).mul_(bad)
-        torch.maximum(self.worst, self.in_a_row, out=self.worst)
-        return norm, 1 - bad
+def set_lr(lr, *opts):
+    for opt in filter(None, opts):
+        for group in opt.param_groups:
+            group["lr"] = lr
+    return lr
 
 
 def adamw(params, lr, betas, weight_decay):
     return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
-def shard(net, units, ranks, args, compile=False):
-    """FSDP2: every unit gathers its weights when it runs, in bf16 with --dtype bf16; gradients are reduced in fp32. On
-    several nodes shards stay within a node and gradients are averaged across nodes (hybrid sharding)."""
-    if not dist.is_initialized():                                        # one process without torchrun
-        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+def autocast(args, ranks):
+    return torch.autocast(ranks.device.type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+
+
+class Guard:
+    """Steps with a non-finite gradient are skipped and counted on the device, without waiting for it.
+    `buffers`, such as BatchNorm's statistics, have been moved by the forward pass of a skipped step: they are
+    put back."""
+
+    def __init__(self, device, ckpt=None, buffers=()):
+        self.skipped, self.in_a_row, self.worst = (torch.zeros((), device=device) for _ in range(3))
+        self.skipped += ckpt["skipped"] if ckpt else 0
+        self.buffers = [b for b in buffers if b.is_floating_point()]
+        self.good = [b.clone() for b in self.buffers]
+
+    def step(self, opt, params, clip):
+        """Clip, then step unless the norm is inf or nan. Returns (gradient norm, 1.0 where the step was
+        taken)."""
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if clip:
+            nn.utils.clip_grads_with_norm_(params, clip, norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2: a DTensor
+        bad = (~torch.isfinite(norm)).float()
+        opt.found_inf = bad                # fused AdamW leaves weights and moments alone where found_inf is 1
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.in_a_row.add_(1).mul_(bad)
+        torch.maximum(self.worst, self.in_a_row, out=self.worst)
+        for b, good in zip(self.buffers, self.good):
+            b.copy_(torch.where(bad > 0, good, b))
+            good.copy_(b)
+        return norm, 1 - bad
+
+
+# --- Many ranks -------------------------------------------------------------------------------------------
+
+
+def parallel(module, units, ranks, args):
+    """The module as the loop calls it: FSDP2 over `units`, or DDP; compiled in place, so that names stay as
+    they are."""
+    if args.fsdp:
+        return shard(module, units, ranks, args, args.compile)
+    if args.compile:
+        module.compile()
+    if ranks.size > 1:
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                       bucket_cap_mb=200)
+    return module
+
+
+def sync_gradients(module, on):
+    """Whether the next backward averages gradients over ranks: what no_sync() switches."""
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = on
+    elif hasattr(module, "set_requires_gradient_sync"):         # FSDP2
+        module.set_requires_gradient_sync(on)
+
+
+def shard(module, units, ranks, args, compile=False):
+    """FSDP2: every unit gathers its weights when it runs, in bf16 with --dtype bf16; gradients are reduced in
+    fp32. On several nodes shards stay within a node and gradients are averaged across nodes (hybrid
+    sharding)."""
+    if not dist.is_initialized():                               # one process without torchrun
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    shape, names = ((ranks.size // local, local), ("replicate", "shard")) if ranks.size > local else ((ranks.size,), ("shard",))
+    shape, names = (ranks.size,), ("shard",)
+    if ranks.size > local:
+        shape, names = (ranks.size // local, local), ("replicate", "shard")
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
-    bf16 = torch.bfloat16 if args.dtype == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)      # t stays fp32
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if args.dtype == "bf16" else None,
+                                  reduce_dtype=torch.float32, cast_forward_inputs=False)      # t stays fp32
     if compile:
-        torch._dynamo.config.recompile_limit = 64                        # units of one class share its compiled code
-        for module in units:                                             # forward alone: FSDP's hooks stay outside the graph
-            module.forward = torch.compile(module.forward, dynamic=False)
-    for module in (*units, net):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        torch._dynamo.config.recompile_limit = 64               # units of one class share compiled code
+        for unit in units:                                      # FSDP's hooks stay outside the graph
+            unit.forward = torch.compile(unit.forward, dynamic=False)
+    for m in (*units, module):
+        fully_shard(m, mesh=mesh, mp_policy=policy)
+    return module
+
+
+# One save and one resume for one process, DDP and FSDP, on any number of ranks: the whole state, by name.
+# Under --fsdp it is gathered tensor by tensor into the first rank's host memory. USiT-3B: 3.1 G parameters x
+# 16 bytes (weights, average and two moments in fp32) = 50 GB there, 25 s to write at 2 GB/s while the other
+# ranks wait.
+
+
+def whole_state(module, opt):
+    """(weights, optimiser state by name); under FSDP on the first rank's CPU, elsewhere empty."""
+    sharded = is_sharded(module)
+    return get_state_dict(module, opt, options=StateDictOptions(full_state_dict=sharded, cpu_offload=sharded))
+
+
+def whole_weights(module, cpu=False):
+    """Weights by name, on every rank; with cpu under FSDP on the first rank's CPU alone."""
+    sharded = is_sharded(module)
+    options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded and cpu)
+    return get_model_state_dict(module, options=options)
+
+
+def load_state(module, opt, ckpt, args, ema=None):
+    whole = StateDictOptions(full_state_dict=True)
+    state = (ckpt["optimizer"] or {}).get("state", {})
+    if not state or not all(isinstance(name, str) for name in state):
+        raise InputError(f"--out {args.out}: begun by an older version, which alone can go on with it "
+                         f"(commit {ckpt['commit']}); or name another --out")
+    set_state_dict(module, opt, model_state_dict=ckpt["model"], optim_state_dict=ckpt["optimizer"],
+                   options=whole)
+    if ema is not None:
+        set_model_state_dict(ema, ckpt["ema"], options=whole)
+
+
+def is_sharded(module):
+    return any(hasattr(p, "full_tensor") for p in module.parameters())
+
+
+# --- A run ------------------------------------------------------------------------------------------------
 
 
 class Run:
-    """A run folder: checkpoints, log, progress bar, SIGTERM. Every rank makes one; only the first rank writes."""
+    """A run folder: checkpoints, log, progress bar, signals. Every rank makes one; only the first writes."""
 
     def __init__(self, args, ranks):
-        self.args, self.ranks, self.signalled, self.stop = args, ranks, False, False
-        self.sums, self.count, self.wait, self.since = {}, 0, 0.0, time.time()
-        if ranks.first:
+        self.args, self.ranks = args, ranks
+        self.signalled = self.stop = False
+        self.sums, self.wait = {}, 0.0                          # since the last log line
+        if ranks.is_main and not args.bench:
             os.makedirs(args.out, exist_ok=True)
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, self.on_signal)
@@ -317,30 +983,36 @@ class Run:
         if self.signalled:
             raise KeyboardInterrupt
         self.signalled = True
-        self.stop = self.ranks.size == 1              # several ranks agree on a step first: see log
+        self.stop = self.ranks.size == 1                        # several ranks agree in log()
 
-    def resume(self, kind, **same):
-        """The last checkpoint in --out, or None; `same` are entries that it must agree with, by flag."""
-        path = next((p for p in (f"{self.args.out}/ckpt.pt", f"{self.args.out}/ckpt_prev.pt") if os.path.exists(p)), None)
-        if path is None:
+    def resume(self, kind, **kept):
+        """The last checkpoint in --out, or None; `kept` are entries that it must agree with, by flag."""
+        files = [f"{self.args.out}/{name}" for name in ("ckpt.pt", "ckpt_prev.pt")]
+        files = [file for file in files if os.path.exists(file)]
+        if self.args.bench or not files:
             return None
-        ckpt = read_checkpoint(path)
+        ckpt = read_checkpoint(files[0])
         if ckpt["kind"] != kind:
-            raise InputError(f"--out {self.args.out}: holds a checkpoint of kind {ckpt['kind']}, not {kind}; choose another --out")
-        for name, value in same.items():
+            raise InputError(f"--out {self.args.out}: holds a checkpoint of kind {ckpt['kind']}, not {kind}; "
+                             "choose another --out")
+        for name, value in kept.items():
             if ckpt.get(name) != value:
-                raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; use the same flags or another --out"[:199])
-        changed = [k for k in ("data", "batch_size", "lr", "betas", "weight_decay", "clip", "seed", "lpips", "gan",
-                                "label_dropout", "ema") if ckpt["args"].get(k) != getattr(self.args, k, None)]
-        self.ranks.say(f"resuming {path} at step {ckpt['step']}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
+                raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; "
+                                 "use the same flags or another --out"[:199])
+        watched = ("data", "batch_size", "lr", "betas", "weight_decay", "clip", "seed", "lpips", "gan",
+                   "label_dropout", "ema")
+        changed = [flag for flag in watched if ckpt["args"].get(flag) != getattr(self.args, flag, None)]
+        note = f"; changed since: {', '.join(changed)}" if changed else ""
+        self.ranks.print0(f"resuming {files[0]} at step {ckpt['step']}{note}")
         return ckpt
 
     def save(self, state):
         """Write to a temporary file, then rename: a kill at any moment leaves a whole checkpoint."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             path = f"{self.args.out}/ckpt.pt"
+            about = {"args": vars(self.args), "commit": commit(), "torch": str(torch.__version__)}
             with open(path + ".tmp", "wb") as f:
-                torch.save(state, f)
+                torch.save(state | about, f)
                 f.flush()
                 os.fsync(f.fileno())
             if os.path.exists(path):
@@ -349,578 +1021,156 @@ class Run:
         if self.ranks.size > 1:
             dist.barrier()
 
-    def steps(self, first):
-        """Counts steps under a progress bar; what the loop body logs goes through self.log."""
-        self.bar = tqdm(total=self.args.steps, initial=first, unit="step", disable=not self.ranks.first, dynamic_ncols=True,
-                        mininterval=0.2 if sys.stderr.isatty() else 10)
-        self.first = self.since_step = first
+    def steps(self, start_step):
+        """Counts steps under a progress bar."""
+        if start_step >= self.args.steps:
+            self.ranks.print0(f"{self.args.out} already holds step {start_step}; a larger --steps goes on")
+        self.bar = tqdm(total=self.args.steps, initial=start_step, unit="step", dynamic_ncols=True,
+                        disable=not self.ranks.is_main, mininterval=0.2 if sys.stderr.isatty() else 10)
+        self.start_step = self.logged = self.done = start_step
         self.since = time.time()
-        for step in range(first, self.args.steps):
+        for step in range(start_step, self.args.steps):
+            if self.args.bench and step == self.args.steps - self.args.timed:
+                self.since = synchronized_time()
             yield step
+            self.done = step + 1
             self.bar.update()
-        self.bar.close()
 
-    def next(self, iterator):
+    def due(self, done, every):
+        return bool(every) and (done % every == 0 or done == self.args.steps)
+
+    def next(self, stream):
         start = time.time()
-        batch = next(iterator)
+        batch = next(stream)
         self.wait += time.time() - start
         return batch
 
-    def log(self, step, guard, sums, **facts):
-        """Add device scalars to running sums; every --log_every steps average over steps and ranks, print, append.
-        `sums` maps name -> (sum, weight) or scalar; entries of weight 0 are left out of the line."""
-        scalar = lambda v: v.float() if torch.is_tensor(v) else torch.full((), float(v), device=self.ranks.device)   # no host sync
-        pairs = [v if isinstance(v, tuple) else (v, 1.0) for v in sums.values()]
-        values = torch.stack([scalar(v) for pair in pairs for v in pair]).detach().view(-1, 2)
-        values = values.where(values.isfinite().all(1, keepdim=True), 0.0)                 # a skipped step is not averaged in
-        for name, value in zip(sums, values):
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def add(self, weight=1.0, **terms):
+        """Device scalars for the next log line, as weighted sums; non-finite ones are left out. No host
+        sync."""
+        for name, value in terms.items():
+            value = value.detach().float()
+            pair = torch.stack([value, torch.ones_like(value)]) * weight    # (2,): sum, weight
+            self.sums[name] = self.sums.get(name, 0.0) + pair.where(pair.isfinite().all(), 0.0)
+
+    def log(self, step, guard, **facts):
+        """Every --log_every steps: average over steps and ranks, append to log.jsonl, show; agree whether to
+        stop."""
         done = step + 1
-        if done % self.args.log_every and done not in (self.first + 1, self.args.steps):
+        due = done % self.args.log_every == 0 or done in (self.start_step + 1, self.args.steps)
+        if self.args.bench or not due:
             return
-        names = sorted(self.sums)
-        flat = torch.stack([self.sums[n] for n in names] + [torch.tensor([float(self.signalled), guard.worst], device=self.ranks.device)])
-        flat = self.ranks.mean(flat).tolist()
-        stop, worst = flat.pop()
-        self.stop = stop > 0
-        values = {n: s / w for n, (s, w) in zip(names, flat) if w > 0}
-        seconds = time.time() - self.since
-        speed = (done - self.since_step) * self.args.batch_size / seconds
-        line = {"step": done, **{k: float(f"{v:.6g}") for k, v in values.items()}, **facts,
-                "skipped": int(guard.skipped), "img_per_s": float(f"{speed:.4g}"), "wait": round(self.wait / seconds, 3)}
-        if self.ranks.first:
+        terms, seconds = self.averages(), time.time() - self.since
+        speed = (done - self.logged) * self.args.batch_size / seconds
+        line = {"step": done, **terms, **facts, "skipped": int(guard.skipped),
+                "img_per_s": float(f"{speed:.4g}"), "wait": round(self.wait / seconds, 3)}
+        if self.ranks.is_main:
             with open(f"{self.args.out}/log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
-            self.bar.set_postfix_str(f"loss {values.get('loss', float('nan')):.4f}, {speed:.3g} img/s, wait {self.wait / seconds:.0%}"
-                                     + (f", skipped {line['skipped']}" if line["skipped"] else ""), refresh=done == self.first + 1)
-        self.sums, self.wait, self.since, self.since_step = {}, 0.0, time.time(), done
-        if worst >= 10:
-            good = f"{self.args.out}/ckpt.pt" if os.path.exists(f"{self.args.out}/ckpt.pt") else "not yet written"
-            raise InputError(f"10 steps in a row had a non-finite loss; the last good checkpoint is {good} (lower --lr, or --dtype fp32)")
+            text = f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}"
+            text += f", skipped {line['skipped']}" if line["skipped"] else ""
+            self.bar.set_postfix_str(text, refresh=done == self.start_step + 1)
+        self.sums, self.wait, self.since, self.logged = {}, 0.0, time.time(), done
+        self.agree_to_stop()
+        if guard.worst >= 10:
+            good = f"{self.args.out}/ckpt.pt"
+            good = good if os.path.exists(good) else "not yet written"
+            raise InputError(f"10 steps in a row had a non-finite loss; the last good checkpoint is {good} "
+                             "(lower --lr, or --dtype fp32)")
+
+    def averages(self):
+        names = sorted(self.sums)
+        sums = self.ranks.mean(torch.stack([self.sums[name] for name in names]))  # (terms, 2)
+        return {name: float(f"{s / w:.6g}") for name, (s, w) in zip(names, sums.tolist()) if w > 0}
+
+    def agree_to_stop(self):
+        signals = torch.tensor(float(self.signalled), device=self.ranks.device)
+        self.stop = self.ranks.mean(signals).item() > 0
+
+    def close(self):
+        self.bar.close()
+        if self.stop:
+            self.ranks.print0(f"stopped by a signal; {self.args.out}/ckpt.pt holds step {self.bar.n + 1}; "
+                              "the same command goes on")
+
+    def bench_line(self, name, macs, **facts):
+        """Of the last steps; share_of_peak counts 3 x forward MACs against the chip's dense bf16 data-sheet
+        rate."""
+        args, cuda = self.args, self.ranks.device.type == "cuda"
+        seconds = (synchronized_time() - self.since) / args.timed
+        tflops = 3 * 2 * macs * args.batch_size / self.ranks.size / seconds / 1e12
+        device, peak = "cpu", None
+        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if cuda:
+            device, gib = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
+            peak = 989 if re.search("H[12]00", device) else None    # TFLOP/s, H100 and H200 [data sheet]
+        line = {"model": name, "img_per_s": round(args.batch_size / seconds, 3),
+                "step_ms": round(seconds * 1e3, 3), "tflops": round(tflops, 3),
+                "share_of_peak": peak and round(tflops / peak, 4), "peak_gib": round(gib, 3)}
+        line |= {**facts, "batch_size": args.batch_size, "dtype": args.dtype, "compile": args.compile,
+                 "ranks": self.ranks.size, "device": device, "torch": str(torch.__version__),
+                 "python": sys.version.split()[0], "commit": commit()}
+        if self.ranks.is_main:
+            print(json.dumps(line))
+        return line
 
 
-def autocast(args, ranks):
-    return torch.autocast(ranks.device.type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+def synchronized_time():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.time()
 
 
 def commit():
+    folder = os.path.dirname(os.path.abspath(__file__))
     try:
-        return subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
+        return subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"],
                               capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         return ""
 
 
-def cost(loss_of_batch, inputs, parameters):
-    """(forward MACs, bytes of activations kept for the backward pass) of a model on meta tensors; fp32 sizes.
-    MACs are FLOPs / 2 of torch's counter, that is convolutions and matrix products only, as in facts of the papers."""
-    from torch.utils.flop_counter import FlopCounterMode
-    kept, weights = {}, {p.untyped_storage()._cdata for p in parameters}
+# --- Cost without running: --dry_run ----------------------------------------------------------------------
+
+
+def cost(loss, net):
+    """(forward MACs, bytes of activations kept for the backward pass, fp32) of loss(), with `net` on the meta
+    device. MACs are FLOPs / 2 of torch's counter: convolutions and matrix products, as the papers count."""
+    kept, weights = {}, {p.untyped_storage()._cdata for p in net.parameters()}
 
     def pack(x):
-        if x.untyped_storage()._cdata not in weights:                    # views of weights (a transpose, say) too
-            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:                       # nor views of weights
+            kept[storage._cdata] = storage.nbytes()
         return x
     with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = loss_of_batch(*inputs)
-    del loss
+        loss()
     return flops.get_total_flops() // 2, sum(kept.values())
 
 
-def estimate(args, name, parameters, trainable, macs, activation_bytes, copies):
-    """The --dry_run line, for --gpus ranks. Memory per rank = 4 bytes x (weights + gradients + Adam's two moments + EMA) +
-    activations of a micro-batch; `copies`: fp32 copies of all weights besides gradient and moments. Days at 3 x forward cost.
-    Measured against this on a CPU: resident memory above an idle process's (README, Speed)."""
-    micro = math.ceil(args.batch_size / (args.gpus * args.accumulate))
-    scale = 0.5 if args.dtype == "bf16" else 1.0
-    state = 4 * (copies * parameters + 3 * trainable) / (args.gpus if args.fsdp else 1)         # --fsdp: a shard each
-    memory = state + (2 * parameters if scale < 1 else 0) + scale * activation_bytes * micro
-    flops = 3 * 2 * macs * args.batch_size * args.steps             # backward = 2 x forward
-    return {"model": name, "parameters": parameters, "trainable": trainable, "forward_gmacs": round(macs / 1e9, 4),
-            "memory_gib_per_rank": round(memory / 2**30, 3), "batch_size": args.batch_size, "steps": args.steps,
-            "gpus": args.gpus, "tflops_per_gpu": args.tflops,
-            "days": round(flops / (args.gpus * args.tflops * 1e12) / 86400, 4)}
-
-
-def bench(args, ranks, name, step_fn, macs, warmup=5, timed=20):
-    """Times the training step; share_of_peak counts 3 x forward MACs against the chip's dense bf16 data-sheet rate."""
-    cuda = ranks.device.type == "cuda"
-    warmup, timed = (warmup, timed) if cuda else (1, 3)
-    for i in range(warmup + timed):
-        if i == warmup:
-            torch.cuda.synchronize() if cuda else None
-            start = time.time()
-        step_fn(i)
-    torch.cuda.synchronize() if cuda else None
-    step_ms = (time.time() - start) / timed * 1e3
-    tflops = 6 * macs * args.batch_size / ranks.size / (step_ms * 1e9)
-    peak = 989.0 if cuda and re.search("H[12]00", torch.cuda.get_device_name()) else None      # H100 / H200 dense bf16, NVIDIA data sheet
-    import resource
-    gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"model": name, "img_per_s": round(args.batch_size / step_ms * 1e3, 3), "step_ms": round(step_ms, 3),
-            "tflops": round(tflops, 3), "share_of_peak": round(tflops / peak, 4) if peak else None,
-            "peak_gib": round(gib, 3), "batch_size": args.batch_size, "dtype": args.dtype, "compile": args.compile,
-            "ranks": ranks.size, "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": str(torch.__version__),
-            "python": sys.version.split()[0], "commit": commit()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses: L1, LPIPS, PatchGAN
-
-
-class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018) with the lpips package's networks, always in fp32.
-    img, rec (B,3,H,W) in [-1,1] -> (B,). The package divides by sqrt(sum x^2) + eps, whose gradient is nan where all
-    features are zero; here eps stands inside the root, so that gradients are finite everywhere."""
-
-    def __init__(self, net="vgg", random=False):
-        super().__init__()
-        import lpips
-        file = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}[net]
-        try:
-            self.metric = lpips.LPIPS(net=net, pnet_rand=random, verbose=False).requires_grad_(False).eval()
-        except OSError as e:                                             # no network (URLError), no disk
-            raise InputError(f"LPIPS needs {file}: https://download.pytorch.org/models/{file} in {torch.hub.get_dir()}/checkpoints"
-                             f"; or --lpips 0") from e
-
-    def forward(self, img, rec):
-        with torch.autocast(img.device.type, enabled=False):
-            m = self.metric
-            distance = 0.0
-            for a, b, lin in zip(m.net(m.scaling_layer(img.float())), m.net(m.scaling_layer(rec.float())), m.lins):
-                a, b = (x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10) for x in (a, b))
-                distance = distance + lin((a - b).square()).mean((1, 2, 3))     # (B,1,h,w) -> (B,)
-        return distance
-
-
-class PatchGAN(nn.Sequential):
-    """70 x 70 patch discriminator (Isola et al. 2017): (B,3,H,W) -> logits (B,1,h,w). GroupNorm in place of BatchNorm:
-    real and fake then share no statistics, and ranks need no synchronisation [ours]."""
-
-    def __init__(self, width=64):
-        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i, stride in ((1, 2), (2, 2), (4, 1)):
-            layers += [nn.Conv2d(i * width, 2 * i * width, 4, stride, 1, bias=False), nn.GroupNorm(32, 2 * i * width), nn.LeakyReLU(0.2)]
-        super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
-
-
-class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all ranks; unlike torch's own it also runs under gloo on CPU."""
-
-    def forward(self, x):
-        return self.over_ranks(x) if self.training and dist.is_initialized() else super().forward(x)
-
-    @torch.compiler.disable                                              # the differentiable all_reduce cannot be traced
-    def over_ranks(self, x):
-        n = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = differentiable_all_reduce(x.float().sum((0, 2, 3))) / n                             # (C,)
-        var = differentiable_all_reduce((x.float() - mean[:, None, None]).square().sum((0, 2, 3))) / n
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
-
-
-class AutoencoderStep(nn.Module):
-    """One forward of the training step, the module that ranks wrap: (img, mask) -> reconstruction, mean of z^2."""
-
-    def __init__(self, ae):
-        super().__init__()
-        self.ae = ae
-
-    def forward(self, img, mask):
-        z = self.ae.encode(img)                                          # (B,c,h,w)
-        # DC-AE 1.5 Eq. (1): minimise l(x, D(E(x) * mask_{c,c'})) over a random c' in each step
-        rec = self.ae.decode(z * mask)
-        return rec, z.detach().float().square().mean()
-
-
-def select_trainable(ae, phase, train):
-    """Freeze all but the tensors that --phase / --train name; returns their names. BatchNorm of a frozen stage stays in
-    eval mode, so that its statistics do not move; elsewhere it counts the batches of all ranks."""
-    pattern = {"phase": PHASES[phase][0], "all": "", "decoder": r"decoder\."}[train]
-    names = []
-    for name, p in ae.named_parameters():
-        p.requires_grad_(re.match(pattern, name) is not None)
-        names += [name] * p.requires_grad
-    ae.train()
-    for m in ae.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.__class__ = SyncBatchNorm
-            m.train(m.weight.requires_grad)
-    return names
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: one row per c'
-
-
-def eval_channels(c, channels):
-    """16, 32, 64, ..., c: doubling from the smallest c' of the list (16 or c/8 without masks)."""
-    k, rows = (min(channels) if min(channels) < c else min(16, max(1, c // 8))), []
-    while k < c:
-        rows, k = rows + [k], 2 * k
-    return rows + [c]
-
-
-def optional_metrics(args, ranks, device):
-    """LPIPS (AlexNet, as the published evaluation) and Inception for rFID; what cannot be had is named and left out."""
-    found, reasons = {}, []
-    for name, make in (("lpips", lambda: LPIPS("alex").to(device)),
-                       ("rfid", lambda: fid.load_extractor(args.inception, args.features, device))):
-        try:
-            found[name] = make()
-        except InputError as e:
-            reasons.append(f"{name} left out: {e}")
-    for line in reasons:
-        ranks.say(line)
-    return found
-
-
-def spread(data, num=None):
-    """`num` image numbers over all class folders; of the built-in images, whose classes take turns, the first ones."""
-    num = min(num or len(data), len(data))
-    return list(range(num)) if isinstance(data, ToyImages) else [i * len(data) // num for i in range(num)]
-
-
-@torch.no_grad()
-def evaluate(ae, data, rows, num, batch_size, ranks, metrics, workers=0):
-    """PSNR and SSIM on uint8 (data range 255), LPIPS and rFID where at hand: a list of dicts, one for each c' of rows.
-    Ranks share the images; pictures are taken through the ADM crop, in eval mode and fp32."""
-    device, mine = ranks.device, spread(data, num)[ranks.rank::ranks.size]
-    sums = torch.zeros(len(rows), 4, dtype=torch.float64, device=device)                # psnr, ssim, lpips, n
-    real, fake = fid.Moments(), {k: fid.Moments() for k in rows}
-    order = [range(i, min(i + batch_size, len(mine))) for i in range(0, len(mine), batch_size)]
-    for x, _ in tqdm(load(InOrder(data, mine), order, workers, device), desc="evaluating", unit="batch", disable=not ranks.first, leave=False):
-        x = x.to(device)
-        img, z = to_uint8(x), ae.encode(x)
-        if "rfid" in metrics:
-            real.update(metrics["rfid"](img)[0])
-        for j, k in enumerate(rows):
-            rec = ae.decode(z * channel_mask(ae.config.c, k, device))
-            out = to_uint8(rec)
-            lpips = metrics["lpips"](x, rec.clamp(-1, 1)).sum() if "lpips" in metrics else 0
-            sums[j] += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in
-                                    (fid.psnr(img, out).sum(), fid.ssim(img, out).sum(), lpips, len(x))])
-            if "rfid" in metrics:
-                fake[k].update(metrics["rfid"](out)[0])
-    if ranks.size > 1:
-        dist.all_reduce(sums)
-        for m in (real, *fake.values()):
-            m.reduce()
-    table = []
-    for j, k in enumerate(rows):
-        psnr, ssim, lpips, n = sums[j].tolist()
-        row = {"c_prime": k, "psnr": psnr / n, "ssim": ssim / n}
-        if "lpips" in metrics:
-            row["lpips"] = lpips / n
-        if "rfid" in metrics:
-            row["rfid"] = fid.frechet_distance(real.mean, real.cov, fake[k].mean, fake[k].cov)
-        table.append({**row, "n": int(n)})
-    return table
-
-
-def show_table(table, size, metrics):
-    names = [k for k in table[0] if k != "n"]
-    rfid = f"; rfid: {metrics['rfid'].name}" if "rfid" in metrics else ""
-    return "\n".join([f"reconstruction at {size} px, {table[0]['n']} images{rfid}", "".join(f"{n:>9}" for n in names)]
-                     + ["".join(f"{row[n]:>9}" if n == "c_prime" else f"{row[n]:>9.3f}" for n in names) for row in table])
-
-
-@torch.no_grad()
-def picture(ae, data, rows, device, path, n=8):
-    """PNG: originals, then their reconstructions from the first c' channels, a row for each c'."""
-    indices = spread(data, n)
-    x = data.get_batch(indices, indices)[0].to(device)
-    z = ae.encode(x)
-    shown = [x] + [ae.decode(z * channel_mask(ae.config.c, k, device)) for k in rows]
-    save_grid(to_uint8(torch.cat(shown)), path, len(indices), rows=["original"] + [f"c' = {k}" for k in rows])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def parse(argv=None):
-    p = training_flags("Train a DC-AE (1.5 with masks, or 1.0): phases 1 to 3, decoder-only fine-tuning, evaluation.")
-    a = p.add_argument
-    a("--val", help="folder for the evaluation. Default: --data through the evaluation crop (toy: pictures never trained on)")
-    a("--image_size", type=int, nargs="+", help="pixels, a multiple of f; several only with --eval_only. Default: 256, phase 2: 512")
-    a("--f", type=int, help="spatial compression, 2^k >= 4. Default: 32")
-    a("--c", type=int, help="latent channels. Default: 128")
-    a("--version", choices=["1.5", "1.0"], help="network of DC-AE 1.5 or DC-AE 1.0. Default: 1.5")
-    a("--width", type=int, help="base width of every stage; 128 is the published size. Default: 128")
-    a("--widths", help="width of each stage, e.g. 16,32,64,64, in place of --width")
-    a("--depths", help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
-    a("--shortcuts", action=argparse.BooleanOptionalAction, default=True, help="residual autoencoding shortcuts; off for the ablation")
-    a("--channels", help="c' of Eq. 1: 16:128:4, 16,32,64 (one given twice is drawn twice as often), or one number; c alone: no masks. "
-                         "Default: the checkpoint's, else 16,20,...,c [paper Sec. 4.1] (--toy: c/8,c/4,c/2,c)")
-    a("--phase", type=int, choices=[1, 2, 3], default=1, help="1 full training, 2 high-resolution adaptation, 3 GAN refinement")
-    a("--init", help="autoencoder to start from (run folder, file, published name); needed by phases 2 and 3")
-    a("--train", choices=["phase", "all", "decoder"], default="phase", help="which tensors train; decoder leaves the encoder as it is")
-    a("--lpips", type=float, help="weight of LPIPS-VGG. Default: 1 [ours]; 0 with built-in images")
-    a("--gan", type=float, help="weight of the PatchGAN hinge loss. Default: 0.1 in phase 3 [ours], else 0")
-    a("--disc_warmup", type=int, default=1000, help="steps that the discriminator trains alone before its loss counts [ours]")
-    a("--eval_only", action="store_true", help="evaluate --init or the run in --out: one row per c'")
-    a("--eval_channels", help="rows of the evaluation. Default: doubling from the smallest c'")
-    a("--eval_num", type=int, help="images of an evaluation. Default: 1024 while training, all with --eval_only")
-    a("--inception", default="default", help="of rFID: default, random or a file, as in fid.py")
-    a("--features", help="of rFID: another feature network, as in fid.py")
-    return parse_flags(p, TOY, argv)
-
-
-def configure(args):
-    """The autoencoder's configuration, from --init, the run in --out, or the flags."""
-    ints = lambda s, flag: None if s is None else tuple(parse_ints(s, flag))
-    source = args.init
-    if source is None and args.out and os.path.exists(f"{args.out}/ckpt.pt") and (args.eval_only or args.phase > 1):
-        source = args.out
-    if source is not None:
-        ae = DCAE.from_pretrained(source)
-        for flag, have in (("f", ae.config.f), ("c", ae.config.c), ("version", ae.config.version)):
-            if getattr(args, flag) not in (None, have):
-                raise InputError(f"--{flag} {getattr(args, flag)}: {source} has {flag} {have}; leave the flag out")
-        return ae.config, ae
-    if args.eval_only or args.phase > 1:
-        raise InputError(f"{'--eval_only' if args.eval_only else '--phase ' + str(args.phase)} needs --init CKPT (the run before it)")
-    widths, depths = ints(args.widths, "--widths"), ints(args.depths, "--depths")
-    given = {k: getattr(args, k) for k in ("f", "c", "version", "width") if getattr(args, k) is not None}
-    return AEConfig(**given, shortcuts=args.shortcuts, encoder_widths=widths, decoder_widths=widths, encoder_depths=depths, decoder_depths=depths), None
-
-
-def parse_ints(text, flag):
-    try:
-        return [int(v) for v in text.split(",")]
-    except ValueError:
-        raise InputError(f"{flag} {text}: give whole numbers separated by commas") from None
-
-
-def main(argv=None):
-    args = parse(argv)
-    ranks = start_ranks()
-    builtin = args.data in (None, "toy")
-    if not builtin and not args.dry_run and not os.path.isdir(args.data):
-        raise InputError(f"--data {args.data}: no such folder")
-    config, ae = configure(args)
-    name = f"DC-AE-{config.version}-f{config.f}c{config.c}"
-    known = ae.info if ae is not None else {}
-    args.channels = settle_channels(args, config.c, ranks, known.get("channels"))
-    masks = set(args.channels) != {config.c}
-    same = args.eval_only or args.train == "decoder"                             # at the checkpoint's own size
-    sizes = args.image_size or [same and known.get("image_size") or PHASES[args.phase][1]]
-    for size in sizes:
-        if size % config.f or size <= 0:
-            raise InputError(f"--image_size {size}: not a multiple of f = {config.f}")
-    if len(sizes) > 1 and not args.eval_only:
-        raise InputError(f"--image_size {' '.join(map(str, sizes))}: several sizes only with --eval_only")
-    _, _, lr, betas, weight_decay, gan = PHASES[args.phase]
-    args.lr = lr if args.lr is None else args.lr
-    args.betas = tuple(args.betas or betas)
-    args.weight_decay = weight_decay if args.weight_decay is None else args.weight_decay
-    args.gan = gan if args.gan is None else args.gan
-    if args.gan and sizes[0] < 24:
-        raise InputError(f"--image_size {sizes[0]}: the discriminator of --gan needs 24 px or more")
-    args.lpips = (0.0 if builtin else 1.0) if args.lpips is None else args.lpips
-    args.warmup = 1000 if args.warmup is None else args.warmup                   # [ours]
-    args.steps = args.steps or 200_000                                           # [ours]
-    args.eval_every = 5000 if args.eval_every is None else args.eval_every
-    if args.eval_only and args.out is None and os.path.isdir(args.init or ""):
-        args.out = args.init
-    tags = {f"w{args.widths or args.width}": args.widths or args.width not in (None, 128), f"d{args.depths}": args.depths,
-            "no-shortcuts": not config.shortcuts, "plain": not masks, f"phase{args.phase}": args.phase > 1, args.train: args.train != "phase"}
-    args.out = args.out or "-".join([f"out/dc-ae-{config.version}-f{config.f}c{config.c}", *(t for t, on in tags.items() if on)]).replace(",", "-")
-    fill_machine_flags(args, ranks, batch_per_cuda_rank=16)                      # 16: [ours]
-
-    with torch.device("meta"):
-        shadow = DCAE(config)
-    parameters = sum(p.numel() for p in shadow.parameters())
-    ranks.say(f"{'evaluating' if args.eval_only else 'training'} {name}, {parameters / 1e6:.1f} M parameters, phase {args.phase}, "
-              f"on {'built-in toy images' if builtin else args.data}, {'/'.join(map(str, sizes))} px, global batch {args.batch_size}, c' "
-              + (f"from {args.channels[0]} to {args.channels[-1]} ({len(set(args.channels))} values)" if masks else "= c: no masks")
-              + f", L1 + {args.lpips:g} LPIPS + {args.gan:g} GAN, lr {args.lr:g}, {args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
-    if args.dry_run or args.bench:
-        trainable = select_trainable(shadow, args.phase, args.train)
-        img = torch.empty(1, 3, sizes[0], sizes[0], device="meta")
-        mask = torch.empty(1, config.c, 1, 1, device="meta")
-        macs, activations = cost(lambda x, m: AutoencoderStep(shadow)(x, m)[0].abs().mean(), (img, mask), shadow.parameters())
-    if args.dry_run:
-        sizes_of = dict(shadow.named_parameters())
-        for n in trainable:
-            ranks.say(f"  trains {n} {tuple(sizes_of[n].shape)}")
-        numel = sum(sizes_of[n].numel() for n in trainable)
-        line = estimate(args, name, parameters, numel, macs, activations, copies=1)
-        print(json.dumps(line)) if ranks.first else None
-        return line
-
-    data = open_images(args.data or "toy", sizes[0], train=True, seed=args.seed) if not (args.eval_only or args.bench) else None
-    bins = eval_channels(config.c, args.channels)
-    rows = sorted(set(parse_channels(args.eval_channels, config.c))) if args.eval_channels else bins
-
-    torch.manual_seed(args.seed)
-    ae = (DCAE(config) if ae is None else ae).to(ranks.device)
-    scale = ae.scale
-    if ranks.device.type == "cuda" and not args.fsdp:
-        ae = ae.to(memory_format=torch.channels_last)
-
-    if args.eval_only:
-        metrics, results = optional_metrics(args, ranks, ranks.device), {}
-        ae.eval()
-        for size in sizes:
-            held_out = open_images(args.val or args.data or "toy", size, train=False, seed=args.seed)
-            results[size] = evaluate(ae, held_out, rows, args.eval_num if args.eval_num or not builtin else 2048,
-                                     args.batch_size // ranks.size, ranks, metrics, args.workers)
-            if ranks.first:
-                os.makedirs(args.out, exist_ok=True)
-                picture(ae, held_out, rows, ranks.device, f"{args.out}/eval_{size}.png")
-                print(show_table(results[size], size, metrics))
-        if ranks.first:
-            with open(f"{args.out}/eval.json", "w") as f:
-                json.dump({"ckpt": args.init or args.out, "data": args.val or args.data or "toy", "commit": commit(), "results": results}, f)
-            print(json.dumps(results))
-        return results
-
-    select_trainable(ae, args.phase, args.train)
-    forward = AutoencoderStep(ae)
-    if args.fsdp:
-        shard(forward, [m for m in (*ae.encoder.stages, *ae.decoder.stages) if len(m)], ranks, args, args.compile)
-    elif args.compile:
-        forward = torch.compile(forward)
-    if ranks.size > 1 and not args.fsdp:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
-    params = [p for p in ae.parameters() if p.requires_grad]
-    opt = adamw(params, args.lr, args.betas, args.weight_decay)
-    disc = PatchGAN().to(ranks.device) if args.gan else None
-    disc_opt = adamw(disc.parameters(), args.lr, (0.5, 0.9), 0.0) if args.gan else None
-    perceptual = LPIPS("vgg").to(ranks.device, memory_format=torch.channels_last) if args.lpips else None
-    if perceptual and args.compile:
-        perceptual = torch.compile(perceptual)
-    z_square = torch.tensor(1 / scale**2, device=ranks.device)            # running mean of z^2; scale = 1 / its root
-    guard, disc_guard = Guard(ranks.device), Guard(ranks.device)
-    buffers = [b for b in ae.buffers() if b.is_floating_point()]          # BatchNorm statistics
-
-    def train_step(step, next_batch):
-        """One optimiser step; `next_batch` gives micro-batches. Returns device scalars for the log."""
-        nonlocal z_square
-        for o in filter(None, (opt, disc_opt)):
-            o.param_groups[0]["lr"] = learning_rate(step, args)
-        c_prime = draw_channels(args.channels, args.seed, step)
-        mask = channel_mask(config.c, c_prime, ranks.device)
-        saved = [b.clone() for b in buffers]
-        logs, micro_z = {}, 0.0
-        for micro in range(args.accumulate):
-            img, _ = next_batch()
-            last = micro == args.accumulate - 1
-            if args.fsdp:
-                forward.set_requires_gradient_sync(last)
-            with nullcontext() if last or args.fsdp or ranks.size == 1 else forward.no_sync():
-                with autocast(args, ranks):
-                    rec, z2 = forward(img, mask)
-                rec = rec.float()
-                terms = {"l1": (rec - img).abs().mean()}
-                loss = terms["l1"]
-                if perceptual:
-                    terms["lpips"] = perceptual(img, rec).mean()
-                    loss = loss + args.lpips * terms["lpips"]
-                if disc:
-                    disc.requires_grad_(False)                            # no gradient of this player reaches the other
-                    terms["g"] = -disc(rec).mean()
-                    weight = args.gan if step >= args.disc_warmup else 0.0
-                    terms["gan_weight"] = torch.full_like(terms["g"], weight)
-                    loss = loss + weight * terms["g"]
-                    disc.requires_grad_(True)
-                (loss / args.accumulate).backward()
-            if disc:
-                # hinge loss (Lim & Ye 2017): real logits above 1, fake logits below -1
-                real, fake = disc(torch.cat([img, rec.detach()])).chunk(2)
-                terms["d"] = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
-                terms |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
-                (terms["d"] / args.accumulate).backward()
-            for k, v in {"loss": loss, **terms}.items():
-                logs[k] = logs.get(k, 0.0) + v.detach() / args.accumulate
-            micro_z = micro_z + z2 / args.accumulate
-        logs["grad_norm"], taken = guard.step(opt, params, args.clip)
-        if disc:
-            for p in disc.parameters():
-                ranks.mean(p.grad)
-            disc_guard.step(disc_opt, list(disc.parameters()), args.clip)
-        for b, old in zip(buffers, saved):                                # a skipped step leaves no trace
-            b.copy_(torch.where(taken > 0, b, old))
-        if any(p.requires_grad for p in ae.encoder.parameters()):
-            z_square = torch.where(taken > 0, torch.lerp(z_square, micro_z, max(0.01, 1 / (step + 1))), z_square)
-        if masks:                                                         # loss by c', in bins that double
-            logs[f"loss_c{next(k for k in bins if k >= c_prime)}"] = (logs["loss"], 1.0)
-        return logs, c_prime
-
-    if args.bench:
-        image = torch.randn(args.batch_size // (ranks.size * args.accumulate), 3, sizes[0], sizes[0], device=ranks.device).clamp(-1, 1)
-        line = bench(args, ranks, name, lambda i: train_step(i, lambda: (image, None)), macs)
-        print(json.dumps(line)) if ranks.first else None
-        return line
-
-    run = Run(args, ranks)
-    kept = dict(config=asdict(config), phase=args.phase, train=args.train, image_size=sizes[0], channels=args.channels)
-    first, before = 0, None
-    whole = StateDictOptions(full_state_dict=args.fsdp)                   # by name and not in shards: goes on with or without --fsdp
-    if ckpt := run.resume("ae", **kept):
-        set_state_dict(ae, opt, model_state_dict=ckpt["model"], optim_state_dict=ckpt["optimizer"], options=whole)
-        if disc and not ckpt["disc"]:
-            raise InputError(f"--gan: the run in {args.out} has no discriminator; name it by --init, and another --out")
-        if disc:
-            disc.load_state_dict(ckpt["disc"])
-            disc_opt.load_state_dict(ckpt["disc_optimizer"])
-        z_square, first, before = ckpt["z_square"].to(ranks.device), ckpt["step"], ckpt["before"]
-        guard.skipped += ckpt["skipped"]
-        del ckpt
-        if first >= args.steps:
-            ranks.say(f"{args.out} already holds step {first}; a larger --steps goes on")
-            return
-
-    def save(step):
-        mean_z = ranks.mean(z_square.clone())                             # ranks saw different images
-        model, optimizer = get_state_dict(ae, opt, options=StateDictOptions(full_state_dict=args.fsdp, cpu_offload=args.fsdp))
-        run.save({"kind": "ae", **kept, "model": model, "scale": float(mean_z.rsqrt()), "z_square": mean_z.cpu(), "step": step,
-                  "optimizer": optimizer, "disc": disc.state_dict() if disc else None,
-                  "disc_optimizer": disc_opt.state_dict() if disc else None, "skipped": int(guard.skipped), "before": before,
-                  "args": vars(args), "commit": commit(), "torch": str(torch.__version__)})
-        return mean_z
-
-    held_out = open_images(args.val or args.data or "toy", sizes[0], train=False, seed=args.seed) if args.eval_every else None
-    metrics = optional_metrics(args, ranks, ranks.device) if args.eval_every and not builtin else {}
-
-    def assess(step):
-        still = DCAE(config).to(ranks.device).eval()                      # the whole network on every rank
-        still.load_state_dict(get_model_state_dict(ae, options=whole))
-        table = evaluate(still, held_out, rows, args.eval_num or 1024, args.batch_size // ranks.size, ranks, metrics, args.workers)
-        if ranks.first:
-            picture(still, held_out, rows, ranks.device, f"{args.out}/recon_{step:07d}.png")
-            with open(f"{args.out}/eval.jsonl", "a") as f:
-                f.write(json.dumps({"step": step, "table": table}) + "\n")
-        ranks.say(f"step {step}: " + show_table(table, sizes[0], metrics))
-        return table
-
-    if args.eval_every and args.phase == 3 and not before:
-        before = assess(first)
-    stream = batches(data, args, ranks, first)
-    for step in run.steps(first):
-        logs, c_prime = train_step(step, lambda: run.next(stream))
-        run.log(step, guard, logs, lr=learning_rate(step, args), c_prime=c_prime)
-        done, stop = step + 1, run.stop                                   # read once: a signal may come at any line
-        if done % args.save_every == 0 or done == args.steps or stop:
-            z_square = save(done)
-        if stop:
-            break
-        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            after = assess(done)
-    if stop:
-        ranks.say(f"stopped by a signal; {args.out}/ckpt.pt holds step {done}; the same command goes on")
-    elif before:
-        ranks.say("phase 3, before -> after, PSNR per c': "
-                  + ", ".join(f"{b['c_prime']}: {b['psnr']:.2f} -> {a['psnr']:.2f}" for b, a in zip(before, after)))
+def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):
+    """One JSON line for --gpus ranks. Memory of a rank = 4 bytes x (weights, gradients, Adam's two moments,
+    average) + activations of a micro-batch; `copies`: of all weights, besides gradients and moments. Days: 3
+    x forward cost. README, Speed, compares it with measured memory."""
+    parameters = sum(p.numel() for p in net.parameters())
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    micro_batch = math.ceil(args.batch_size / (args.gpus * args.accumulate))
+    memory = 4 * (copies * parameters + 3 * trainable) / (args.gpus if args.fsdp else 1)
+    if args.dtype == "bf16":
+        memory += 2 * parameters + 0.5 * activation_bytes * micro_batch
+    else:
+        memory += activation_bytes * micro_batch
+    flops = 3 * 2 * macs * args.batch_size * args.steps         # backward = 2 x forward
+    days = flops / (args.gpus * args.tflops * 1e12) / 86400
+    line = {"model": name, "parameters": parameters, "trainable": trainable,
+            "forward_gmacs": round(macs / 1e9, 4), "memory_gib_per_rank": round(memory / 2**30, 3),
+            "batch_size": args.batch_size, "steps": args.steps, "gpus": args.gpus,
+            "tflops_per_gpu": args.tflops, "days": round(days, 4)}
+    if ranks.is_main:
+        print(json.dumps(line))
+    return line
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():                                             # or threads of gloo may end the process badly
-        dist.destroy_process_group()
+    end_ranks()

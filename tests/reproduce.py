@@ -273,7 +273,7 @@ class Study:
 def balanced(source, out, data):
     """The same autoencoder with every latent channel scaled to variance 1: the scales go into the convolutions beside it."""
     model, ckpt = ae.DCAE.from_pretrained(source), ae.read_checkpoint(source / "ckpt.pt")
-    numbers = train_ae.spread(data, 2000)
+    numbers = ae.evenly_spaced(data, 2000)
     z = torch.cat([model.encode(data.get_batch(part, part)[0]) for part in (numbers[i::4] for i in range(4))])
     std, m = z.std((0, 2, 3)), ckpt["model"]
     m["encoder.project_out.weight"] /= std[:, None, None, None]

@@ -27,6 +27,11 @@ from ae import (DCAE, AEConfig, InputError, center_crop, channel_mask, open_imag
 TINY = dict(encoder_depths=(0, 1, 1, 1, 1), decoder_depths=(0, 1, 1, 1, 1))
 
 
+def picture(data, index, key):
+    """The picture of this index under the augmentation of this key."""
+    return data.get_batch([index], [key])[0][0]
+
+
 def shake(ae, seed=0):
     """Random weights that leave no branch at zero."""
     torch.manual_seed(seed)
@@ -601,7 +606,7 @@ def test_which_names_mean_a_diffusers_kl(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    kl, ours = "nor a diffusers AutoencoderKL (no network here, none", "no checkpoint there"
+    kl, ours = "nor a diffusers AutoencoderKL (no network here, none", "no such checkpoint"
     for name, word in (("stabilityai/sd-vae-ft-mse", kl), ("out/my_run", ours), ("runs/mine", ours), ("mine", ours),
                        ("a/b/c", ours), ("dc-ai/dc-ae-f64c128-1.5", "no download")):
         one_line(lambda: A.open_autoencoder(name), word, folder=tmp_path)
@@ -670,7 +675,7 @@ def test_hub_name_without_network(tmp_path, monkeypatch, capsys):
     (tmp_path / "dc-ai" / "dc-ae-mine").mkdir(parents=True)
     save_ours(small(seed=1), tmp_path / "dc-ai" / "dc-ae-mine" / "ckpt.pt")
     assert same_tensors(DCAE.from_pretrained("dc-ai/dc-ae-mine"), small(seed=1))  # a folder of that name is that folder
-    one_line(lambda: DCAE.from_pretrained("somebody/dc-ae-f64c128-1.5"), "dc-ae-f64c128-1.5: no checkpoint there")
+    one_line(lambda: DCAE.from_pretrained("somebody/dc-ae-f64c128-1.5"), "dc-ae-f64c128-1.5: no such checkpoint")
     assert len(asked) == 4
 
 
@@ -726,7 +731,7 @@ def test_bad_files_and_shapes(tmp_path):
     line(lambda: ae(torch.zeros(1, 3, 32, 32), c_prime=5), "c_prime=5")
     line(lambda: ae(torch.zeros(1, 3, 32, 32), c_prime=0), "c_prime=0")
     line(lambda: DCAE.from_pretrained(tmp_path / "nowhere"), "nowhere")
-    line(lambda: DCAE.from_pretrained(tmp_path), f"{tmp_path}: no checkpoint there")
+    line(lambda: DCAE.from_pretrained(tmp_path), f"{tmp_path}: no ckpt.pt")
     file = tmp_path / "ckpt.pt"
     save_ours(ae, file)
     whole = file.read_bytes()
@@ -762,7 +767,7 @@ def test_the_command_fails_in_one_line_and_importing_needs_no_optional_package(t
     assert not {"safetensors", "diffusers", "lpips", "scipy", "torchvision"} & imported
     said = [line for line in lines if not line.startswith("import time:")]
     assert run.returncode == 1 and run.stdout == "" and len(said) == 1
-    assert said[0].startswith("nowhere: no checkpoint there")
+    assert said[0].startswith("nowhere: no such checkpoint")
     assert issubclass(InputError, ValueError)                           # what a notebook catches
 
 
@@ -1014,7 +1019,7 @@ def test_train_crops(tmp_path):
         slope_x, x0 = np.polyfit(column, red[8:-8, 8:-8].mean(0) * W / 255 + 0.5, 1)
         slope_y, y0 = np.polyfit(column, green[8:-8, 8:-8].mean(1) * H / 255 + 0.5, 1)
         return min(x0, x0 + slope_x * S), y0, slope_x * S, slope_y * S
-    boxes = np.array([box(data.get(0, key)[0]) for key in range(300)])
+    boxes = np.array([box(picture(data, 0, key)) for key in range(300)])
     left, top, width, height = boxes.T
     mirrored, side = width < 0, abs(width)
     assert abs(side - height).max() < 1.5                               # square, never upside down
@@ -1034,18 +1039,17 @@ def test_train_crops(tmp_path):
         x0, y0 = rng.random() * (W - s), rng.random() * (H - s)
         want = np.asarray(grain.resize((S, S), Image.Resampling.BICUBIC, box=(x0, y0, x0 + s, y0 + s)))
         turned.add(flip := rng.random() < 0.5)
-        got = data.get(2, key)[0].numpy().transpose(1, 2, 0)
+        got = picture(data, 2, key).numpy().transpose(1, 2, 0)
         assert abs(got - ((want[:, ::-1] if flip else want) / 127.5 - 1)).max() < 1e-6
     assert turned == {True, False}
 
-    assert torch.equal(data.get(0, 5)[0], data.get(1, 5)[0]) and torch.equal(data[1][0], data.get(0, 1)[0])
+    assert torch.equal(picture(data, 0, 5), picture(data, 1, 5)) and torch.equal(data[1][0], picture(data, 0, 1))
     img, _ = data.get_batch([0, 1], [7, 8])
-    assert torch.equal(img[0], data.get(0, 7)[0]) and torch.equal(img[1], data.get(0, 8)[0])
-    assert torch.equal(data.__getitems__([1])[0][0], data[1][0])
+    assert torch.equal(img[0], picture(data, 0, 7)) and torch.equal(img[1], picture(data, 0, 8))
     one, two = (open_images(tmp_path, S, train=True, seed=k) for k in (1, 2))
-    assert not torch.equal(one.get(0, 2)[0], two.get(0, 1)[0]) and not torch.equal(one.get(0, 2)[0], two.get(0, 2)[0])
+    assert not torch.equal(picture(one, 0, 2), picture(two, 0, 1)) and not torch.equal(picture(one, 0, 2), picture(two, 0, 2))
     plain, zero = open_images(tmp_path, S, True), open_images(tmp_path, S, train=True, seed=0)
-    assert torch.equal(plain.get(0, 2)[0], zero.get(0, 2)[0])
+    assert torch.equal(picture(plain, 0, 2), picture(zero, 0, 2))
 
 
 def test_only_train_crops_use_draft_mode_and_only_down_to_twice_the_size(tmp_path):
@@ -1059,7 +1063,7 @@ def test_only_train_crops_use_draft_mode_and_only_down_to_twice_the_size(tmp_pat
         assert img.size == (64, 64)
         img.convert("RGB").save(tmp_path / "quarter" / "0.png")
     for train, same in ((True, "quarter"), (False, "whole")):
-        a, b = (open_images(tmp_path / name, 32, train).get(0, 1)[0] for name in ("jpg", same))
+        a, b = (picture(open_images(tmp_path / name, 32, train), 0, 1) for name in ("jpg", same))
         assert torch.equal(a, b)
     assert torch.equal(open_images(tmp_path / "jpg", 32)[0][0], b)      # train is off unless asked for
     want = np.asarray(center_crop(Image.open(tmp_path / "whole" / "0.png"), 32)).transpose(2, 0, 1) / 127.5 - 1
@@ -1176,15 +1180,13 @@ def test_toy_is_a_function_of_the_index(one_thread):
     data = open_images("toy", 32)
     img, label = data.get_batch([5, 17, 999_999], [0, 0, 0])
     for k, i in enumerate((5, 17, 999_999)):
-        assert torch.equal(img[k], data[i][0]) and torch.equal(img[k], data.get(i, 3)[0])
+        assert torch.equal(img[k], data[i][0]) and torch.equal(img[k], picture(data, i, 3))
         assert int(label[k]) == data[i][1] == i % 10 and isinstance(data[i][1], int)
     assert len(data) == 1_000_000 and img.min() > -1.02 and img.max() < 1.02 and img.shape == (3, 3, 32, 32)
     train = open_images("toy", 32, train=True).get_batch(range(50), None)[0]
     other = data.get_batch(range(50), None)[0]
     # no picture of one set is near one of the other
     assert (train[:, None] - other[None]).abs().amax((2, 3, 4)).min() > 0.1
-    pairs = data.__getitems__([3, 4])
-    assert torch.equal(pairs[1][0], data[4][0]) and pairs[0][1] == data[3][1]
     for i in (-1, 1_000_000):
         with pytest.raises(IndexError):
             data[i]

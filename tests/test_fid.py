@@ -938,7 +938,8 @@ def test_two_ranks_equal_one_process(sets, tiny, capsys, tmp_path):
             "--rdzv_endpoint", "localhost:0", str(tmp_path / "ranks.py"), *flags, "--device", "cpu",
             "--batch_size", "4", "--json", str(tmp_path / "out.json")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as torchrun:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=env) as torchrun:
         try:
             stdout, stderr = torchrun.communicate(timeout=120)
         finally:

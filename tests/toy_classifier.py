@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ae import open_images, to_uint8
-from train_ae import Stream, spread
+from ae import evenly_spaced, open_images, to_uint8
+from train_ae import Stream
 
 
 class Classifier(nn.Module):
@@ -46,7 +46,7 @@ def train(data, steps=600, batch=128, seed=0):
     opt = torch.optim.AdamW(net.parameters(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="classifier", mininterval=10):
-        x, y = stream.__getitems__(range(step * batch, (step + 1) * batch))
+        x, y = stream[range(step * batch, (step + 1) * batch)]
         # blur and noise, so that the score is about shapes and not about the crispness of an autoencoder's texture
         if step % 2:
             x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear") + 0.05 * torch.randn_like(x)
@@ -64,7 +64,7 @@ def right(net, img, labels):
 
 
 def accuracy(net, data, n=2000):
-    numbers = spread(data, n)
+    numbers = evenly_spaced(data, n)
     x, y = data.get_batch(numbers, numbers)
     return right(net, to_uint8(x), y)
 
