@@ -680,7 +680,7 @@ BAD = [(stage1, *row) for row in BAD_1.items()] + [(stage2, *row) for row in BAD
 @pytest.mark.parametrize("main, flags, words", BAD, ids=str)
 def test_bad_input_is_one_line(tmp_path, main, flags, words):
     try:
-        main(f"{flags} --out {tmp_path}")
+        main(f"--steps 1 --eval_every 0 {flags} --out {tmp_path}")
     except InputError as e:
         message = str(e.code if e.code is not None else e)
         assert len(message) < 200 and "\n" not in message and all(word in message for word in words.split()), message
@@ -693,12 +693,12 @@ def test_bad_input_is_one_line(tmp_path, main, flags, words):
 def test_other_bad_input(tmp_path, toy_ae):
     for flag, value in (("f", "8"), ("c", "4"), ("version", "1.0")):
         with pytest.raises(InputError, match=f"--{flag} {value}.* has {flag}"):
-            stage1(f"--init {toy_ae} --{flag} {value} --out {tmp_path}/o")
+            stage1(f"--init {toy_ae} --{flag} {value} --dry_run")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty"):
-        stage1(f"{AE} --data {tmp_path}/empty --lpips 0 --out {tmp_path}/o")
+        stage1(f"{AE} --data {tmp_path}/empty --lpips 0 --steps 1 --out {tmp_path}/o")
     with pytest.raises(InputError, match="--image_size 20.* 4 x 2"):
-        stage2(f"--ae {toy_ae} --model SiT-T --image_size 20 --patch 2 --out {tmp_path}/o")
+        stage2(f"--ae {toy_ae} --model SiT-T --image_size 20 --patch 2 --dry_run")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1121,9 +1121,23 @@ def preview_by_hand(folder, seed=0, **how):
         return to_pixels(DCAE.from_pretrained(net.info["ae"]).decode(z / net.info["scale"]))
 
 
+def write_down_solvers(folder):
+    """In each rank: how it draws samples."""
+    generate = sample.generate
+
+    def spy(*args, **kw):
+        Path(f"{folder}/solver_{os.environ['RANK']}").write_text(str(kw.get("solver")))
+        return generate(*args, **kw)
+    sample.generate = train_diffusion.generate = spy
+
+
 def test_fsdp_equals_one_and_resumes_on_other_ranks(tmp_path, one_diffusion):
     flags, one = one_diffusion
-    run(tmp_path, "train_diffusion.py", f"{flags} --fsdp --steps 3 --eval_every 3 --out {tmp_path}/two", ranks=2)
+    spy = functools.partial(write_down_solvers, str(tmp_path))
+    first = f"{flags} --fsdp --steps 3 --eval_every 3 --out {tmp_path}/two"
+    run(tmp_path, "train_diffusion.py", first, ranks=2, patch=spy)
+    solvers = [(tmp_path / f"solver_{rank}").read_text() for rank in (0, 1)]
+    assert solvers == ["heun", "heun"]                            # fixed steps: adaptive ones would differ among ranks
     assert_equal_training(ckpt(one, "ckpt_prev"), ckpt(tmp_path / "two"))
     shown = tiles(tmp_path / "two" / "samples_0000003.png", 10, 16)
     assert_close_pixels(shown, preview_by_hand(tmp_path / "two", solver="heun"))
@@ -1137,6 +1151,16 @@ def test_fsdp_equals_one_and_resumes_on_other_ranks(tmp_path, one_diffusion):
     for out in ("further", "two"):                                # and goes on without --fsdp, in one process
         stage2(f"{flags} --steps 8 --out {tmp_path}/{out}")
     assert_equal_training(ckpt(tmp_path / "further"), ckpt(tmp_path / "two"))
+
+
+def test_a_run_of_before_the_common_checkpoint_is_sampled_and_not_gone_on_with(tmp_path, one_diffusion):
+    flags, one = one_diffusion
+    old = ckpt(one) | {"optimizer": {"state": {0: {}}, "param_groups": []}}   # moments by number
+    for optimizer in (old["optimizer"], None):
+        torch.save(old | {"optimizer": optimizer}, tmp_path / "ckpt.pt")
+        with pytest.raises(InputError, match="older version"):
+            stage2(f"{flags} --steps 9 --out {tmp_path}")
+        assert diffusion.from_pretrained(tmp_path).info["step"] == 6
 
 
 def test_hybrid_sharding_over_two_nodes_equals_one(tmp_path, one_diffusion):
