@@ -1032,8 +1032,8 @@ class Run:
         for step in range(start_step, self.args.steps):
             if self.args.bench and step == self.args.steps - self.args.timed:
                 self.since = synchronized_time()
-            yield step
             self.done = step + 1
+            yield step
             self.bar.update()
 
     def due(self, done, every):
@@ -1090,7 +1090,7 @@ class Run:
     def close(self):
         self.bar.close()
         if self.stop:
-            self.ranks.print0(f"stopped by a signal; {self.args.out}/ckpt.pt holds step {self.bar.n + 1}; "
+            self.ranks.print0(f"stopped by a signal; {self.args.out}/ckpt.pt holds step {self.done}; "
                               "the same command goes on")
 
     def bench_line(self, name, macs, **facts):
