@@ -119,7 +119,7 @@ class Adversary:
         self.guard = Guard(ranks.device)
 
     def weight(self, step):
-        """Of its verdict in the autoencoder's loss: none while it trains alone."""
+        """Of its verdict in the autoencoder's loss: none during the discriminator's warm-up."""
         return self.args.gan if step >= self.args.disc_warmup else 0.0
 
     def autoencoder_loss(self, rec):
@@ -149,6 +149,13 @@ class Adversary:
 
 # ----------------------------------------------------------------------------------------------------------
 # The training step
+
+
+def draw_channels(channels, seed, step):
+    """c' of this step, uniform over `channels`: one draw for all ranks and micro-batches, a function of
+    (seed, step). NOTE differs from DC-Gen, whose ranks draw each their own [DC-Gen aecore/trainer.py
+    @cae2205]."""
+    return random.Random(f"{seed} {step}").choice(channels)
 
 
 class AutoencoderStep(nn.Module):
@@ -481,7 +488,7 @@ def parse(argv=None):
         help="which tensors train; decoder leaves the encoder as it is")
     add("--lpips", type=float, help="weight of LPIPS-VGG [ours]; 0 with built-in images")
     add("--gan", type=float, help="weight of the PatchGAN hinge loss")
-    add("--disc_warmup", type=int, default=1000, help="steps in which the discriminator trains alone [ours]")
+    add("--disc_warmup", type=int, default=1000, help="steps before its verdict enters the loss [ours]")
     add("--eval_only", action="store_true", help="evaluate --init or the run in --out: one row per c'")
     add("--eval_channels", help="rows of the evaluation; else doubling from the smallest c'")
     add("--eval_num", type=int, help="images of an evaluation; else 1024 in training, all with --eval_only")
@@ -617,7 +624,7 @@ class Ranks:
         return self.rank == 0
 
     def mean(self, x):
-        """Mean over ranks of a tensor, in place (a sum in fp32, then a division)."""
+        """Mean over ranks of a tensor, in place."""
         if self.size > 1:
             dist.all_reduce(x)
             x /= self.size
@@ -635,7 +642,7 @@ def start_ranks():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
     if size > 1 and not dist.is_initialized():                  # 12 h: ranks wait while one decodes
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     return Ranks(rank, size, device)
@@ -815,13 +822,6 @@ def end_workers():
 # --- Steps ------------------------------------------------------------------------------------------------
 
 
-def draw_channels(channels, seed, step):
-    """c' of this step, uniform over `channels`: one draw for all ranks and micro-batches, a function of
-    (seed, step). NOTE differs from DC-Gen, whose ranks draw each their own [DC-Gen aecore/trainer.py
-    @cae2205]."""
-    return random.Random(f"{seed} {step}").choice(channels)
-
-
 def loss_names(c, channels, c_prime):
     """What the loss is logged as: loss, and with masks also by c', in bins that double."""
     if set(channels) == {c}:
@@ -980,7 +980,7 @@ class Run:
             signal.signal(s, self.on_signal)
 
     def on_signal(self, number, frame):
-        if self.signalled:
+        if self.signalled or self.args.bench:
             raise KeyboardInterrupt
         self.signalled = True
         self.stop = self.ranks.size == 1                        # several ranks agree in log()
@@ -1151,7 +1151,7 @@ def cost(loss, net):
 def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):
     """One JSON line for --gpus ranks. Memory of a rank = 4 bytes x (weights, gradients, Adam's two moments,
     average) + activations of a micro-batch; `copies`: of all weights, besides gradients and moments. Days: 3
-    x forward cost. README, Speed, compares it with measured memory."""
+    x forward cost. tests/README.md compares it with measured memory."""
     parameters = sum(p.numel() for p in net.parameters())
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     micro_batch = math.ceil(args.batch_size / (args.gpus * args.accumulate))

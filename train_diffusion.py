@@ -109,7 +109,7 @@ def main(argv=None):
             run.add(**dict.fromkeys(names, loss.mean()))
             for quarter in range(4):                            # of the time axis
                 within = ((u * 4).long() == quarter).float()
-                mean = (loss * within).sum() / within.sum()
+                mean = (loss * within).sum() / within.sum()         # nan where none is: add() leaves it out
                 run.add(within.sum(), **{f"loss_t{quarter}": mean})
 
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
@@ -160,7 +160,7 @@ def ema_update(ema, net, decay, warmup, step, taken):
 
 
 def parameter_groups(net, weight_decay):
-    """No decay for names with norm.weight or bias, as the official trainer has it [DC-Gen]."""
+    """No decay for names with norm.weight or bias; norm1 and norm2 are decayed, as officially [DC-Gen]."""
     decayed, others = [], []
     for name, p in net.named_parameters():
         if p.requires_grad:
