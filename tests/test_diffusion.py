@@ -639,7 +639,7 @@ def test_our_checkpoint_file_and_folder(tmp_path):
     file = {"kind": "diffusion", "config": ema.config, "model": net.state_dict(), "ema": ema.state_dict(), **kept,
             "optimizer": {}}
     torch.save(file, tmp_path / "ckpt.pt")
-    torch.save({}, tmp_path / "best.pt")                                        # other files in the folder do not matter
+    torch.save({}, tmp_path / "best.pt")                                        # other files do not matter
     for x in (tmp_path, tmp_path / "ckpt.pt", str(tmp_path)):                   # the average, not the raw weights
         got = from_pretrained(x)
         assert same(got, ema) and not got.training and all(p.requires_grad for p in got.parameters())
@@ -656,9 +656,9 @@ def test_our_checkpoint_file_and_folder(tmp_path):
     assert same(from_pretrained(tmp_path, name="SiT"), named) and same(from_pretrained(tmp_path, name="SiT-T"), named)
 
 
-F32, F64, NEW, SD = (dict(ae=ae, scale=scale) for ae, scale in [
+F32, F64, NEW, NEW2, SD = (dict(ae=ae, scale=scale) for ae, scale in [
     ("mit-han-lab/dc-ae-f32c32-in-1.0", 0.3189), ("mit-han-lab/dc-ae-f64c128-in-1.0", 0.2889),
-    ("dc-ai/dc-ae-f64c128-1.5", 0.5935), ("stabilityai/sd-vae-ft-ema", 0.18215)])
+    ("dc-ai/dc-ae-f64c128-1.5", 0.5935), ("dc-ai/dc-ae-1.5-f64c128", 0.5935), ("stabilityai/sd-vae-ft-ema", 0.18215)])
 
 
 @pytest.mark.parametrize("name, family, info", [
@@ -669,6 +669,7 @@ F32, F64, NEW, SD = (dict(ae=ae, scale=scale) for ae, scale in [
     ("mit-han-lab/dc-ae-f32c32-in-1.0-usit-2b-in-512px/weights.pt", "USiT", dict(F32, image_size=512)),
     ("mit-han-lab/dc-ae-f64c128-in-1.0-uvit-h-in-512px-train2000k/model.pt", "UViT", dict(F64, image_size=512)),
     ("dc-ai/dc-ae-f64c128-1.5-usit-3b-in-512px/model.safetensors", "USiT", dict(NEW, image_size=512)),
+    ("dc-ai/dc-ae-1.5-f64c128-usit-2b-in-512px/model.pt", "USiT", dict(NEW2, image_size=512)),  # later names
     ("dc-ai/dc-ae-f32c128-1.5-usit-h-in-256px/model.pt", "USiT", dict(image_size=256)),       # no published scale
     ("files/DiT-XL-2-256x256.pt", "DiT", dict(SD, image_size=256)),
     ("files/dit-xl-2-512x512.pt", "DiT", dict(SD, image_size=512)),
@@ -691,7 +692,8 @@ def test_family_from_tensors_or_name(tmp_path):
         assert from_pretrained(file, name=family + "-S", heads=2).family == family
     assert from_pretrained(tmp_path / "DiT.pt", heads=2).family == "DiT"
     assert from_pretrained(tmp_path / "SiT.pt", heads=2).family == "SiT"
-    for x, kw, word in [("USiT.pt", dict(heads=2), 'name="UViT" or name="USiT"'),
+    save(tiny("DiT", hidden=144), tmp_path / "short.pt")                        # DiT-T's width, but not its depth
+    for x, kw, word in [("USiT.pt", dict(heads=2), 'name="UViT" or name="USiT"'), ("short.pt", {}, "say heads="),
                         ("USiT.pt", dict(name="USiT"), "say heads="),
                         ("UViT.pt", dict(name="DiT", heads=2), "not of the DiT"),
                         ("SiT.pt", dict(name="DiT", heads=2), "not of the DiT")]:
@@ -770,7 +772,9 @@ def test_a_hub_name_is_downloaded_where_there_is_no_such_path(tmp_path, monkeypa
     with pytest.raises(ValueError, match="no such checkpoint"):
         from_pretrained("somebody/something")
     monkeypatch.chdir(tmp_path)
-    torch.save({}, save(net, Path(name) / "model.safetensors").parent / "extra.pt")    # a folder of that name needs no hub
+    save(net, Path(name) / "model.safetensors")                                 # a folder of that name needs no hub
+    (Path(name) / "extra.safetensors").write_bytes(b"")
+    torch.save({}, Path(name) / "extra.pt")
     assert same(from_pretrained(name, heads=2), net)
 
 

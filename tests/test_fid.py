@@ -307,7 +307,7 @@ def test_random_features_are_seeded_and_never_called_fid(capsys, tmp_path):
     np.savez(tmp_path / "any.npz", mu=np.zeros(2), sigma=np.eye(2))
     flags = ("--inception", "random", "--allow_small", "--metrics", "is")
     out, text = run(capsys, tmp_path / "x.npz", tmp_path / "any.npz", *flags)
-    assert "random features" in text and "FID" not in text + json.dumps(out)
+    assert "\nrandom features (seed 0): Inception Score" in text and "FID" not in text + json.dumps(out)
     assert out["features"].startswith("random features")
     assert out["name"].startswith("Frechet distance of random features")
     net = fid.InceptionV3()                                     # the seed is 0
@@ -661,13 +661,19 @@ def test_every_input_form_gives_the_numbers_worked_out_by_hand(sets, tiny, capsy
         f"PSNR {out['psnr']:.4f}", f"SSIM {out['ssim']:.4f}"]
 
 
-def test_equal_sets_are_noted(sets, tiny, capsys):
+def test_equal_sets_are_noted(sets, tiny, capsys, tmp_path):
     out, text = run(capsys, sets.flat, sets.a_npz, "--features", tiny, "--allow_small", *ALL)
     agree(out, {"fid": 0.0, "precision": 1.0, "recall": 1.0, "ssim": 1.0, "psnr": None})      # JSON has no infinity
     assert out["fid"] < 1e-9 and "\nPSNR inf" in text and "\nnote: samples and reference are identical" in text
     assert out["notes"] == ["samples and reference are identical"]
     twisted, _ = run(capsys, sets.nested, sets.b_npz, "--features", tiny, "--allow_small")
     assert twisted["notes"] == out["notes"]                     # in another order, the same set
+    for name, k in (("one", 1), ("four", 4)):                   # the same mean alone does not make them equal
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(6), sigma=k * np.eye(6))
+    flags = ("--features", tiny, "--metrics", "fid")            # and their counts, unknown, are not said to be small
+    out, _ = run(capsys, tmp_path / "one.npz", tmp_path / "four.npz", *flags)
+    agree(out, {"fid": 6.0, "n": None})
+    assert len(out["notes"]) == 2 and all("does not say" in note for note in out["notes"])
 
 
 def test_metrics_asked_for_and_no_others(sets, tiny, capsys, monkeypatch):
@@ -735,6 +741,9 @@ def test_num_takes_samples_evenly_and_leaves_the_reference_whole(sets, tiny, cap
     assert out["notes"] == []
     out, _ = run(capsys, sets.nested, sets.flat, *flags, "--num", 6, "--metrics", "fid")
     assert "6 images, 6 features: the covariance is singular" in out["notes"][0]
+    for n, notes in ((3, ["precision and recall need images on both sides, more than 3"]), (4, [])):
+        out, _ = run(capsys, sets.nested, sets.flat, *flags, "--num", n, "--metrics", "recall")
+        assert out["notes"] == notes and (out["recall"] is None) == (n == 3)
     out, _ = run(capsys, sets.nested, sets.b_npz, "--metrics", "ssim", "--num", 29)
     assert out["ssim"] < 0.5                                    # sorted by path, the nested folder has another order
 
@@ -766,11 +775,12 @@ def test_image_size_crops_both_sides_and_sizes_must_be_equal(sets, tiny, capsys,
         a, b = (torch.stack([crop_by_hand(x, size) for x in y]) for y in (sets.a, sets.b))
         out, _ = run(capsys, sets.flat, sets.b_npz, *flags, "--image_size", size)
         agree(out, {**expected(a, b), "image_size": [size, size]})
-    wide = np.zeros((4, 24, 20, 3), np.uint8)
-    np.savez(tmp_path / "wide.npz", wide)
-    np.savez(tmp_path / "tall.npz", wide.transpose(0, 2, 1, 3))
-    with pytest.raises(InputError, match="24x20.*20x24"):
-        run(capsys, tmp_path / "wide.npz", tmp_path / "tall.npz", *flags)
+    narrow = np.zeros((4, 24, 20, 3), np.uint8)
+    np.savez(tmp_path / "narrow.npz", narrow)
+    np.savez(tmp_path / "low.npz", narrow.transpose(0, 2, 1, 3))
+    for name, size in (("narrow", "24x20"), ("low", "20x24")):
+        with pytest.raises(InputError, match=f"{size}.*24x24"):
+            run(capsys, tmp_path / f"{name}.npz", sets.flat, *flags)
 
 
 def test_folders_take_images_of_all_modes_and_nothing_else(sets, tiny, capsys, tmp_path):
@@ -789,7 +799,7 @@ def test_folders_take_images_of_all_modes_and_nothing_else(sets, tiny, capsys, t
     agree(out, {"n": 7, "fid": want})
     assert out["notes"] == ["the samples are all alike (constant images?)"] and "note: the samples are all" in text
 
-    jpegs = [save_folder(tmp_path / suffix, sets.a, suffix) for suffix in ("jpg", "jpeg")]
+    jpegs = [save_folder(tmp_path / suffix, sets.a, suffix) for suffix in ("jpg", "JPEG")]
     decoded = torch.stack([torch.from_numpy(np.array(Image.open(Path(jpegs[0], f"{i:04}.jpg")))) for i in range(29)])
     for jpeg in jpegs:
         out, text = run(capsys, jpeg, sets.a_npz, *flags)
@@ -854,7 +864,7 @@ def test_stream_of_batches_equals_files(sets, tiny, capsys):
         out = fid.score(sets.a.split(batch), reference, extract, allow_small=True)
         agree(out, {**want, "n": 29, "n_reference": 29})
     out = fid.score(iter(sets.a.split(5)), sets.b_npz, extract, ("fid",), allow_small=True)
-    agree(out, {"fid": want["fid"], "precision": None, "is": None})
+    agree(out, {"fid": want["fid"], "precision": None, "is": None, "notes": []})
     with pytest.raises(InputError, match="29 images.*--allow_small"):
         fid.score(sets.a.split(30), sets.b_npz, extract)
     with pytest.raises(InputError, match="2 sizes 20x24 24x24: one is wanted"):
@@ -909,12 +919,18 @@ def test_adm_files_give_their_own_statistics_and_their_images(sets, tiny, capsys
     agree(out, {"fid": 6.0, "precision": None})
     out, _ = run(capsys, tmp_path / "VIRTUAL.npz", sets.flat, *flags)                 # as samples
     agree(out, {**expected(sets.b, sets.a), "fid": 6.0})
+    out, _ = run(capsys, sets.flat, tmp_path / "VIRTUAL.npz", *flags, "--metrics", "recall")
+    agree(out, {"recall": want["recall"], "fid": None})
+    with pytest.raises(InputError, match="20x24.*24x24.*equal sizes"):
+        fid.score([sets.a[:, :20]], tmp_path / "VIRTUAL.npz", fid.load_extractor(features=tiny), allow_small=True)
     with pytest.raises(InputError, match="equal sizes"):
         run(capsys, save_folder(tmp_path / "small", sets.a[:, :20, :20]), tmp_path / "VIRTUAL.npz", *flags)
 
 
 RANKS = """
-import sys, numpy, torch, torch.distributed as dist, fid
+import os, sys, numpy, torch, torch.distributed as dist, fid
+if os.environ["RANK"] == "1":
+    numpy.savez = None                                          # rank 0 alone writes
 leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
 fid.main(sys.argv[1:])
 npz, features = sys.argv[2], sys.argv[sys.argv.index("--features") + 1]
@@ -936,7 +952,7 @@ def test_two_ranks_equal_one_process(sets, tiny, capsys, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
             "--rdzv_endpoint", "localhost:0", str(tmp_path / "ranks.py"), *flags, "--device", "cpu",
-            "--batch_size", "4", "--json", str(tmp_path / "out.json")]
+            "--batch_size", "4", "--json", str(tmp_path / "out.json"), "--save_stats", str(tmp_path / "b.npz")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
     with subprocess.Popen(line, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=env) as torchrun:
@@ -951,6 +967,7 @@ def test_two_ranks_equal_one_process(sets, tiny, capsys, tmp_path):
     for key in ("fid", "is", "is_std", "precision", "recall", "psnr", "ssim"):
         assert two[key] == pytest.approx(one[key], rel=1e-6), key
     assert (two["n"], two["samples_hash"], two["reference_hash"]) == (29, one["samples_hash"], one["reference_hash"])
+    assert np.allclose(np.load(tmp_path / "b.npz")["mu"], Tiny()(sets.b)[0].double().mean(0), rtol=1e-6)
     distance, n = alone.split()
     assert float(distance) < 1e-9 and n == "29" and modules == "[]"
 

@@ -402,8 +402,8 @@ def test_diffusion_by_the_recipe_of_its_family(trained, latents, family, tmp_pat
 
 @pytest.mark.parametrize("family", OBJECTIVE)
 def test_ordinary_diffusion(trained, latents, family, tmp_path):
-    """A rate at which the recipe's betas and weight decay show, and an average whose decay does."""
-    flags = ["--no-augment", "--lr", 2e-3, "--warmup", 0, "--ema_warmup", 1]
+    """Whatever c' are named. Here the recipe's betas and weight decay show, and so does the average's decay."""
+    flags = ["--no-augment", *MASKS, "--lr", 2e-3, "--warmup", 0, "--ema_warmup", 1]
     run = run_diffusion(trained, tmp_path, family, *BATCH_6, *SEED, *flags)
     recipe = RECIPES[family] | dict(lr=2e-3, warmup=0)
     plain = plain_diffusion(denoiser(family, 75), OBJECTIVE[family], latents, **recipe, seed=75,
