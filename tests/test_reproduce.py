@@ -59,10 +59,10 @@ def test_whole_study_on_tiny_settings(tmp_path, monkeypatch):
 
 
 def test_families_are_compared_at_steps_that_all_seeds_reached(tmp_path):
-    study = reproduce.Study(SimpleNamespace(name="toy", data=None, val=None, images=1, n=1, out=tmp_path))
+    study = reproduce.Study(reproduce.parse(["toy", "--out", str(tmp_path)]))
     for arm, seed, step, distance in [("neither", 0, 100, 8.0), ("neither", 0, 200, 4.0), ("neither", 1, 100, 6.0),
                                       ("both", 0, 100, 9.0), ("both", 0, 200, 7.0), ("both", 1, 100, 3.0)]:
-        study.add(experiment="diffusion", family="DiT", arm=arm, c=reproduce.C, size="", seed=seed, step=step, distance=distance, right=0.5)
+        study.add(experiment="diffusion", family="DiT", arm=arm, c=96, size="", seed=seed, step=step, distance=distance, right=0.5)
     assert study.curve(family="DiT", arm="neither") == [(100, 7.0)]
     study.report()
     report = (tmp_path / "report.md").read_text()
