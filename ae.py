@@ -17,13 +17,19 @@ Sources: [paper] arXiv 2508.00413, [DC-Gen file] the authors' code @cae2205, [ou
     python ae.py photo.jpg toy --ckpt out/structured --ckpt2 out/plain --out figures     # Figures 2, 3, 9, 10
 """
 import argparse
+import atexit
+import fcntl
 import hashlib
 import json
 import math
 import os
 import pickle
+import queue
 import re
+import struct
 import sys
+import threading
+import time
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -39,6 +45,23 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 class InputError(SystemExit, ValueError):
     """Bad input, in one line. As SystemExit it ends a script with that line; as ValueError one catches it."""
+
+
+class Flags(argparse.ArgumentParser):
+    """Of every script: what is wrong with the flags is one line too."""
+
+    def error(self, message):
+        raise InputError(f"{' '.join(message.split())[:150]} (--help explains each flag)")
+
+
+def check_numbers(args, **limits):
+    """limits: flag=(lowest, highest), for a number or several; None, not given, is fine. InputError outside,
+    and for NaN."""
+    for flag, (low, high) in limits.items():
+        given = getattr(args, flag)
+        for number in given if isinstance(given, (list, tuple)) else [given]:
+            if number is not None and not low <= number <= high:
+                raise InputError(f"--{flag} {number}: must lie in {low:g} .. {high:g}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -356,8 +379,7 @@ class DCAE(nn.Module):
     def from_pretrained(cls, x):
         """In eval mode. x: our checkpoint or run folder; a published name, folder or file (the configuration
         is read off the tensors); a diffusers AutoencoderDC folder."""
-        file = find_weights(x, FILES, HUB)
-        content = read_weights(file)
+        file, content = open_weights(x, FILES, HUB)
         read = read_ours if "kind" in content else read_published
         config, tensors, scale, info = read(content, file)
         with torch.device("meta"):
@@ -666,10 +688,12 @@ class ToyImages(Images):
 # ------------------------------------------------------------------------------------------------------------
 # Weight files: the only finder and readers of this repository
 
-FILES = ("ckpt.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+FILES = ("ckpt.pt", "ckpt_prev.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
          "model.safetensors", "pytorch_model.bin", "model.pt")          # what a folder is searched for
 HUB = (r"(mit-han-lab|dc-ai)/dc-ae-[\w.-]+", "dc-ai/dc-ae-f64c128-1.5")        # published names, and one
-BROKEN = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)    # torch.load's
+BROKEN = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error,
+          zipfile.BadZipFile, pickle.UnpicklingError)                   # what zipfile and torch.load raise
+DIGEST = b"sha256 "                                                     # marks the comment of a checkpoint's zip
 
 
 def find_weights(x, names, hub):
@@ -708,18 +732,73 @@ def download(name):
     return folder
 
 
+def open_weights(x, names, hub):
+    """(file, its content) of what find_weights finds. Where a run's ckpt.pt is damaged, those of the
+    ckpt_prev.pt beside it, with a line that says so."""
+    file = find_weights(x, names, hub)
+    before = file.with_name("ckpt_prev.pt")
+    try:
+        return file, read_weights(file)
+    except InputError as e:
+        if file.name != "ckpt.pt" or not before.exists():
+            raise
+        content = read_weights(before)
+        print(f"{str(e)[:110]}; using {before}, of step {content.get('step')}", file=sys.stderr)
+        return before, content
+
+
 def read_weights(file):
     """Path -> dict of tensors and plain values. Memory-mapped: what is not used, costs nothing."""
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     try:
+        plain_zip = zipfile.is_zipfile(file) and verified(file)
         with torch.serialization.safe_globals([argparse.Namespace]):    # in DiT's and SiT's files
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=plain_zip)
     except BROKEN as e:
-        raise InputError(f"{file}: truncated, or not a file of plain tensors ({type(e).__name__})") from None
+        raise InputError(f"{file}: damaged, or not a file of plain tensors ({type(e).__name__})") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: holds a {type(content).__name__}, a checkpoint (dict) is needed")
     return content
+
+
+def verified(file):
+    """Checks a zip by the digest that write_checkpoint left at its end, else by the zip's own sums, neither
+    of which torch.load does. True: nothing in it is compressed. ValueError: damaged."""
+    with zipfile.ZipFile(file) as z:
+        if z.comment:
+            if z.comment != digest(file):
+                raise ValueError("another digest")
+        elif z.testzip():
+            raise ValueError("another checksum")
+        return all(member.compress_type == zipfile.ZIP_STORED for member in z.infolist())
+
+
+def write_checkpoint(content, file):
+    """torch.save, safely: to a temporary file, whose last bytes are a digest of all bytes before; flushed to
+    the disk, then renamed. A kill at any moment leaves the old file or the new one."""
+    part = f"{file}.tmp"
+    torch.save(content, part)
+    with zipfile.ZipFile(part, "a") as z:
+        z.comment = DIGEST + bytes(64)                                  # room for it
+    end = digest(part)
+    with open(part, "r+b") as f:
+        f.seek(-len(end), os.SEEK_END)
+        f.write(end)
+        os.fsync(f.fileno())
+    os.replace(part, file)
+
+
+def digest(file):
+    """DIGEST + sha256, in hexadecimal, of all of the file but its last 64 bytes."""
+    h = hashlib.sha256()
+    left = os.path.getsize(file) - 64
+    with open(file, "rb") as f:
+        while left > 0:
+            block = f.read(min(left, 2**24))
+            h.update(block)
+            left -= len(block)
+    return DIGEST + h.hexdigest().encode()
 
 
 def own_copy(t):
@@ -747,8 +826,7 @@ def read_safetensors(file):
 
 def read_checkpoint(path):
     """One of our own checkpoints (a dict with "kind"): a file, or the run folder that holds ckpt.pt."""
-    file = find_weights(path, FILES, HUB)
-    content = read_weights(file)
+    file, content = open_weights(path, FILES, HUB)
     if "kind" not in content:
         raise InputError(f"{file}: not a checkpoint of this repository, but perhaps published weights")
     return content
@@ -966,6 +1044,71 @@ def open_autoencoder(x):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What every script needs of the system
+
+
+def lock(folder):
+    """Makes the folder this process's own until it ends, kill -9 included, or until the file that is returned
+    is closed. InputError where another process has it."""
+    file = open(Path(folder, ".lock"), "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                # not inherited by loader processes
+    except OSError:
+        raise InputError(f"--out {folder}: another process is writing there; wait for it, or name another "
+                         "--out") from None
+    return file
+
+
+class Screen:
+    """In the place of stdout or stderr: a thread of its own writes, so that a pipe that nobody reads, or that
+    was closed, neither ends a run nor keeps a signal from it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.start()
+        os.register_at_fork(after_in_child=self.start)                  # loader processes print too
+        atexit.register(self.drain)
+
+    def start(self):
+        self.texts = queue.Queue(10_000)
+        threading.Thread(target=self.pump, daemon=True).start()
+
+    def write(self, text):
+        if not self.texts.full():
+            self.texts.put(text)
+
+    def flush(self):
+        pass
+
+    def pump(self):
+        while True:
+            data = self.texts.get().encode(self.stream.encoding, "replace")
+            try:
+                while data:
+                    data = data[os.write(self.stream.fileno(), data):]
+            except OSError:                                             # closed
+                pass
+            self.texts.task_done()
+
+    def drain(self, seconds=5):
+        end = time.time() + seconds
+        while self.texts.unfinished_tasks and time.time() < end:
+            time.sleep(0.01)
+
+    def __getattr__(self, name):                                        # isatty, fileno, encoding, ...
+        return getattr(self.stream, name)
+
+
+def script(main):
+    """main() as a command: Ctrl-C ends it in one line, and printing never holds it up."""
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped by Ctrl-C")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The paper's figures for given images
 
 def open_pictures(paths, size, toy_size):
@@ -1020,7 +1163,7 @@ def draw(models, pictures, channels, device, out):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Draw the paper's Figures 2, 3, 9 and 10 for given images.",
+    p = Flags(description="Draw the paper's Figures 2, 3, 9 and 10 for given images.",
                                 usage="python ae.py IMAGE... --ckpt CKPT [--ckpt2 CKPT] --out DIR")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size, or toy")
     p.add_argument("--ckpt", required=True, help="run folder, checkpoint, published name or folder")
@@ -1047,4 +1190,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
