@@ -29,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -49,8 +49,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
-from ae import (DCAE, AEConfig, InputError, channel_mask, doubling, evenly_spaced, open_images,
-                parse_channels, read_checkpoint, save_grid, to_uint8)
+from ae import (DCAE, HUB, AEConfig, Flags, InputError, channel_mask, check_numbers, doubling,
+                evenly_spaced, lock, open_images, open_weights, parse_channels, save_grid, script, to_uint8,
+                write_checkpoint)
 
 PHASES = {  # defaults of the flags. lr, betas, weight decay: [community]; sizes: [paper]; GAN weight: [ours]
     1: dict(image_size=[256], lr=6.4e-5, betas=(0.9, 0.999), weight_decay=0.1, gan=0.0),
@@ -180,6 +181,11 @@ def main(argv=None):
         return dry_run(args, ranks, config)
     if args.eval_only:
         return evaluate_only(args, ranks, ae)
+    return train(args, ranks, config, ae)
+
+
+def train(args, ranks, config, ae):
+    run = Run(args, ranks)
     data = None if args.bench else open_images(args.data, args.size, train=True, seed=args.seed)
 
     # The network, and what trains it
@@ -189,30 +195,35 @@ def main(argv=None):
     forward = parallel(AutoencoderStep(ae), ae.stages(), ranks, args)       # compiled; DDP or FSDP2
     params = [p for p in ae.parameters() if p.requires_grad]
     opt = adamw(params, args.lr, args.betas, args.weight_decay)
-    perceptual = open_perceptual(args, ranks) if args.lpips else None
     adversary = Adversary(args, ranks) if args.gan else None
+    opts = [opt, adversary.opt] if adversary else [opt]
 
     # Where the run stands
-    run, start_step = Run(args, ranks), 0
+    start_step = 0
     z_square = torch.tensor(1 / ae.scale**2, device=ranks.device)  # running mean of z^2; scale = 1 / its root
-    kept = dict(config=asdict(config), phase=args.phase, train=args.train, image_size=args.size,
-                channels=args.channels)
-    before = after = None                                       # tables of phase 3, before and after it
-    if ckpt := run.resume("ae", **kept):
-        start_step, z_square, before = ckpt["step"], ckpt["z_square"].to(ranks.device), ckpt["before"]
+    must_match = dict(config=asdict(config), phase=args.phase, train=args.train, image_size=args.size,
+                      channels=args.channels)
+    if ckpt := run.resume("ae", **must_match):
+        start_step, z_square = ckpt["step"], ckpt["z_square"].to(ranks.device)
         load_state(ae, opt, ckpt, args)
         if adversary:
             adversary.load(ckpt)
     guard = Guard(ranks.device, ckpt, ae.buffers())             # skips non-finite steps; puts BatchNorm back
-    evaluation = Evaluation(args, ranks, config, args.size) if args.eval_every else None
-    if evaluation and args.phase == 3 and not before:
-        before = evaluation.report(ae, start_step)
+    ckpt = None                                                 # gives its memory back
+    owed = run.owes(start_step, run.has("eval.jsonl", start_step), at_start=args.phase == 3)
+    if run.finished(start_step) and not owed:
+        return
+    perceptual = open_perceptual(args, ranks) if args.lpips else None
+    evaluation = Evaluation(args, ranks, config) if args.eval_every else None
+    if owed:
+        evaluation.report(run, ae, start_step)
 
     # The loop
     stream = random_batch(args, ranks) if args.bench else batches(data, args, ranks, start_step)
+    macs = meta_cost(config, args)[0] if args.bench else None
     encoder_trains = any(p.requires_grad for p in ae.encoder.parameters())
     for step in run.steps(start_step):
-        lr = set_lr(learning_rate(step, args), opt, adversary and adversary.opt)
+        lr = set_lr(learning_rate(step, args), *opts)
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
         mask = channel_mask(config.c, c_prime, ranks.device)    # (1,c,1,1): c' ones, then zeros
         names = loss_names(config.c, args.channels, c_prime)     # loss, loss_c<bin>
@@ -240,36 +251,42 @@ def main(argv=None):
             step_z_square = step_z_square + z2 / args.accumulate
             run.add(**dict.fromkeys(names, loss), **terms)
 
+        facts = {"lr": lr, "c_prime": c_prime}
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
         run.add(grad_norm=grad_norm)
         if adversary:
             adversary.step()
-            run.add(gan_weight=torch.full_like(grad_norm, adversary.weight(step)))
+            facts["gan_weight"] = adversary.weight(step)
         if encoder_trains:
             z_square = running_mean(z_square, step_z_square, step, taken)
-        run.log(step, guard, lr=lr, c_prime=c_prime)
+        run.log(step, guard, **facts)
 
         done, stop = step + 1, run.stop                         # read once: a signal may come at any line
         if stop or run.due(done, args.save_every):
-            z_square = ranks.mean(z_square)                     # ranks saw different images
-            save(run, done, ae, opt, adversary, guard, z_square, before, kept)
+            with trial(args, ranks):
+                rec, _ = forward(img, mask)                     # of the weights that would be saved
+            if run.sound(done, forward, rec, guard):
+                z_square = ranks.mean(z_square)                 # ranks saw different images
+                save(run, done, ae, opt, adversary, guard, z_square, must_match)
         if stop:
             break
         if run.due(done, args.eval_every):
-            after = evaluation.report(ae, done)
+            with run.waiting():
+                evaluation.report(run, ae, done)
     run.close()
     if args.bench:
-        return run.bench_line(model_name(config), meta_cost(config, args)[0])
-    show_gain(ranks, before, after)
+        return run.bench_line(model_name(config), macs)
+    if evaluation and args.phase == 3:
+        show_gain(run)
 
 
-def save(run, done, ae, opt, adversary, guard, z_square, before, kept):
+def save(run, done, ae, opt, adversary, guard, z_square, must_match):
     model, optimizer = whole_state(ae, opt)
-    run.save({"kind": "ae", **kept, "step": done, "model": model, "optimizer": optimizer,
+    run.save({"kind": "ae", **must_match, "step": done, "model": model, "optimizer": optimizer,
               "scale": float(z_square.rsqrt()), "z_square": z_square.cpu(),
               "disc": adversary.disc.state_dict() if adversary else None,
               "disc_optimizer": adversary.opt.state_dict() if adversary else None,
-              "skipped": int(guard.skipped), "before": before})
+              "skipped": int(guard.skipped)})
 
 
 def running_mean(z_square, step_z_square, step, taken):
@@ -341,21 +358,30 @@ def select_trainable(ae, phase, train):
 class Evaluation:
     """Pictures that nothing trains on, rebuilt from the first c' channels: PSNR and SSIM on uint8 (data range
     255), LPIPS and rFID where their weights are at hand. ADM crop, eval mode, fp32; ranks share the
-    pictures."""
+    pictures. --eval_only also says how well the latent tells classes apart (knn)."""
 
-    def __init__(self, args, ranks, config, size):
-        self.args, self.ranks, self.config, self.size = args, ranks, config, size
-        self.data = open_images(args.val or args.data, size, train=False, seed=args.seed)
-        num = args.eval_num or (1024 if not args.eval_only else 2048 if args.data == "toy" else None)
-        self.numbers = evenly_spaced(self.data, num)
+    def __init__(self, args, ranks, config):
+        self.args, self.ranks, self.config = args, ranks, config
         self.rows = doubling(config.c, args.channels[0])
         if args.eval_channels:
             self.rows = sorted(set(parse_channels(args.eval_channels, config.c)))
         self.scores = {"psnr": lambda img, rec: fid.psnr(to_uint8(img), to_uint8(rec)),
                        "ssim": lambda img, rec: fid.ssim(to_uint8(img), to_uint8(rec))}
         self.extractor = None
+        self.open(args.size)
         if args.eval_only or args.data != "toy":
             self.add_networks()
+
+    def open(self, size):
+        """The pictures, at `size` px."""
+        args, self.size = self.args, size
+        source, num = args.val or args.data, args.eval_num
+        self.data = open_images(source, size, train=False, seed=args.seed)
+        if num is None and not args.eval_only:
+            num = 1024
+        if num is None and source == "toy":
+            num = 2048
+        self.numbers = evenly_spaced(self.data, num)
 
     def add_networks(self):
         """LPIPS (AlexNet, as the published evaluation) and rFID's network; what cannot be had is named and
@@ -370,35 +396,64 @@ class Evaluation:
         except InputError as e:
             self.ranks.print0(f"rfid left out: {e}")
 
+    def fitting(self):
+        """The scores that pictures of this size and number allow, and whether rFID is one of them."""
+        smallest = {"psnr": 1, "ssim": 11, "lpips": 31}         # px: SSIM's window, AlexNet's strides
+        fitting = {name: score for name, score in self.scores.items() if self.size >= smallest[name]}
+        few = self.extractor is not None and len(self.numbers) < 2
+        left_out = [*(self.scores.keys() - fitting), *(["rfid"] if few else [])]
+        if left_out:
+            self.ranks.print0(f"left out for {len(self.numbers)} pictures of {self.size} px: {left_out}")
+        return fitting, self.extractor is not None and not few
+
     @torch.no_grad()
     def table(self, ae):
-        """[{c_prime, psnr, ssim, lpips, rfid, n}, ...]; ae: in eval mode, whole on every rank."""
+        """[{c_prime, psnr, psnr_n, ssim, lpips, rfid, knn, n}, ...]; ae: in eval mode, whole on every rank.
+        psnr_n: pictures of finite PSNR, over which psnr is the mean (None: there are none)."""
         ranks, mine = self.ranks, self.numbers[self.ranks.rank::self.ranks.size]
-        size = max(1, self.args.batch_size // ranks.size)
+        size = max(1, self.args.batch_size // (ranks.size * self.args.accumulate))
         order = [mine[i:i + size] for i in range(0, len(mine), size)]
-        sums = torch.zeros(len(self.rows), len(self.scores), dtype=torch.float64, device=ranks.device)
+        scores, rfid = self.fitting()
+        sums = torch.zeros(2, len(self.rows), len(scores), dtype=torch.float64, device=ranks.device)
         real, fake = fid.Moments(), [fid.Moments() for _ in self.rows]
+        knn = self.args.eval_only and self.data.num_classes > 1 and len(self.numbers) > 10
+        features, labels = [], []
         stream = load(Stream(self.data), order, self.args.workers, ranks.device)
-        for img, _ in tqdm(stream, desc="evaluating", unit="batch", disable=not ranks.is_main, leave=False):
+        for img, y in tqdm(stream, desc="evaluating", unit="batch", disable=not ranks.is_main, leave=False):
             img = img.to(ranks.device)
             z = ae.encode(img)
-            if self.extractor:
+            if knn:
+                features.append(z.mean((2, 3)).cpu())           # (b,c)
+                labels.append(y)
+            if rfid:
                 real.update(self.extractor(to_uint8(img))[0])
             for k, c_prime in enumerate(self.rows):
                 rec = ae.decode(z * channel_mask(self.config.c, c_prime, z.device))
-                sums[k] += torch.stack([score(img, rec).sum() for score in self.scores.values()])
-                if self.extractor:
+                values = torch.stack([score(img, rec) for score in scores.values()]).double()     # (scores,b)
+                finite = values.isfinite()                      # the PSNR of equal pictures is not
+                sums[0, k] += values.where(finite, 0.0).sum(1)
+                sums[1, k] += finite.sum(1)
+                if rfid:
                     fake[k].update(self.extractor(to_uint8(rec))[0])
         if ranks.size > 1:
             dist.all_reduce(sums)
-            for moments in (real, *fake):
+            for moments in (real, *fake) if rfid else ():
                 moments.reduce()
-        table, n = [], len(self.numbers)
-        for c_prime, row, moments in zip(self.rows, (sums / n).tolist(), fake):
-            row = {"c_prime": c_prime, **dict(zip(self.scores, row)), "n": n}
-            if self.extractor:
-                row["rfid"] = fid.frechet_distance(real.mean, real.cov, moments.mean, moments.cov)
-            table.append(row)
+        if knn:
+            features, labels = fid.gather_rows(features), fid.gather_rows(labels)
+
+        table = []
+        for k, c_prime in enumerate(self.rows):
+            row = {"c_prime": c_prime}
+            for name, total, count in zip(scores, *sums[:, k].tolist()):
+                row[name] = total / count if count else None
+                if name == "psnr":
+                    row["psnr_n"] = int(count)
+            if rfid:
+                row["rfid"] = fid.frechet_distance(real.mean, real.cov, fake[k].mean, fake[k].cov)
+            if knn:
+                row["knn"] = knn_accuracy(features[:, :c_prime], labels)
+            table.append(row | {"n": len(self.numbers)})
         return table
 
     @torch.no_grad()
@@ -413,40 +468,57 @@ class Evaluation:
         save_grid(to_uint8(torch.cat([img, *recs])), path, len(numbers), rows=titles)
 
     def show(self, table):
-        names = [name for name in table[0] if name not in ("c_prime", "n")]
+        names = [name for name in table[0] if name not in ("c_prime", "psnr_n", "n")]
         lines = [f"reconstruction at {self.size} px, {len(self.numbers)} images"]
         if self.extractor:
             lines[0] += f"; rfid: {self.extractor.name}"
         lines += ["".join(f"{name:>9}" for name in ("c_prime", *names))]
         for row in table:
-            lines += [f"{row['c_prime']:>9}" + "".join(f"{row[name]:>9.3f}" for name in names)]
+            numbers = [math.nan if row[name] is None else row[name] for name in names]
+            lines += [f"{row['c_prime']:>9}" + "".join(f"{number:>9.3f}" for number in numbers)]
         return "\n".join(lines)
 
-    def report(self, ae, step):
+    def report(self, run, ae, step):
         """The table of a training run's network: on the screen, in eval.jsonl, with a picture beside it."""
-        still = DCAE(self.config).to(self.ranks.device).eval()      # whole on every rank, also under --fsdp
-        still.load_state_dict(whole_weights(ae))
-        table = self.table(still)
+        eval_ae = DCAE(self.config).to(self.ranks.device).eval()    # whole on every rank, also under --fsdp
+        eval_ae.load_state_dict(whole_weights(ae))
+        table = self.table(eval_ae)
         if self.ranks.is_main:
-            self.picture(still, f"{self.args.out}/recon_{step:07d}.png")
-            with open(f"{self.args.out}/eval.jsonl", "a") as f:
-                f.write(json.dumps({"step": step, "table": table}) + "\n")
+            self.picture(eval_ae, f"{self.args.out}/recon_{step:07d}.png")
+        run.append("eval.jsonl", {"step": step, "table": table})
         self.ranks.print0(f"step {step}: {self.show(table)}")
-        return table
 
 
-def show_gain(ranks, before, after):
-    """What phase 3 did to the PSNR of each c'."""
-    if before and after:
-        pairs = [f"{b['c_prime']}: {b['psnr']:.2f} -> {a['psnr']:.2f}" for b, a in zip(before, after)]
-        ranks.print0("phase 3, before -> after, PSNR per c': " + ", ".join(pairs))
+def knn_accuracy(features, labels, k=10, temperature=0.07):
+    """(N,c), (N,) -> share of pictures whose class their k nearest others vote for, each with the weight
+    exp(cosine / temperature): structure as a number [DC-Gen's evaluation, facts/training_facts.md]."""
+    unit = F.normalize(features.float(), dim=1)
+    right = 0
+    for i, rows in enumerate(unit.split(1000)):
+        cosine = rows @ unit.T                                  # (1000,N)
+        cosine[torch.arange(len(rows)), 1000 * i + torch.arange(len(rows))] = -math.inf     # not itself
+        near, index = cosine.topk(k)
+        votes = torch.zeros(len(rows), int(labels.max()) + 1)
+        votes.scatter_add_(1, labels[index], (near / temperature).exp())
+        right += (votes.argmax(1) == labels[1000 * i:][:1000]).sum().item()
+    return right / len(labels)
+
+
+def show_gain(run):
+    """What phase 3 did to the PSNR of each c': the first table of the run and the last one."""
+    with open(f"{run.args.out}/eval.jsonl") as f:
+        tables = [json.loads(line)["table"] for line in f]
+    pairs = [f"{b['c_prime']}: {b['psnr'] or math.nan:.2f} -> {a['psnr'] or math.nan:.2f}"
+             for b, a in zip(tables[0], tables[-1])]
+    run.ranks.print0("phase 3, before -> after, PSNR per c': " + ", ".join(pairs))
 
 
 def evaluate_only(args, ranks, ae):
     """--eval_only: a table and a picture for each --image_size; all of it in eval.json."""
-    ae, results = ae.to(ranks.device).eval(), {}
+    ae, results = to_device(ae, args, ranks).eval(), {}
+    evaluation = Evaluation(args, ranks, ae.config)
     for size in args.image_size:
-        evaluation = Evaluation(args, ranks, ae.config, size)
+        evaluation.open(size)
         results[size] = evaluation.table(ae)
         if ranks.is_main:
             os.makedirs(args.out, exist_ok=True)
@@ -456,7 +528,7 @@ def evaluate_only(args, ranks, ae):
         about = {"ckpt": args.init or args.out, "data": args.val or args.data, "commit": commit(),
                  "results": results}
         with open(f"{args.out}/eval.json", "w") as f:
-            json.dump(about, f)
+            json.dump(about, f, allow_nan=False)
         print(json.dumps(results))
     return results
 
@@ -474,7 +546,7 @@ def parse(argv=None):
     add("--f", type=int, help="spatial compression, 2^k >= 4; without --init 32")
     add("--c", type=int, help="latent channels; without --init 128")
     add("--version", choices=["1.5", "1.0"], help="network of DC-AE 1.5 or 1.0; without --init 1.5")
-    add("--width", type=int, default=128, help="base width of every stage; 128 is the published size")
+    add("--width", type=int, help="base width of every stage; without --init 128, the published size")
     add("--widths", type=whole_numbers, help="width of each stage, e.g. 16,32,64,64, in place of --width")
     add("--depths", type=whole_numbers, help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
     add("--shortcuts", action=argparse.BooleanOptionalAction, default=True,
@@ -500,7 +572,11 @@ def parse(argv=None):
         own_size = args.eval_only or args.train == "decoder"    # that of the checkpoint
         return {**PHASES[args.phase], "lpips": 0.0 if args.data == "toy" else 1.0,
                 **({"image_size": None} if own_size else {})}
-    return parse_flags(p, recipe, TOY, argv)
+    args = parse_flags(p, recipe, TOY, argv)
+    size = (1, 2**16)                                           # of pictures and widths
+    check_numbers(args, image_size=size, f=size, c=size, width=size, widths=size, depths=(0, 1000),
+                  disc_warmup=(0, COUNT), eval_num=(1, COUNT), lpips=(0, LARGE), gan=(0, LARGE))
+    return args
 
 
 def configure(args, ranks):
@@ -516,8 +592,9 @@ def configure(args, ranks):
             raise InputError(f"--image_size {size}: not a multiple of f = {config.f}")
     if len(args.image_size) > 1 and not args.eval_only:
         raise InputError(f"--image_size {args.image_size}: several sizes only with --eval_only")
-    if args.gan and args.size < 24:
-        raise InputError(f"--image_size {args.size}: the discriminator of --gan needs 24 px or more")
+    for flag, smallest in (("gan", 24), ("lpips", 16)):         # their strides
+        if getattr(args, flag) and args.size < smallest and not args.eval_only:
+            raise InputError(f"--image_size {args.size}: --{flag} needs {smallest} px or more; or --{flag} 0")
     args.out = args.out or default_out(args, config)
     settle_batch(args, ranks, per_cuda_rank=16, training=not args.eval_only)  # 16: [ours]
 
@@ -537,19 +614,26 @@ def configure(args, ranks):
 def open_init(args):
     """The autoencoder of --init, or of the run in --out that a later phase or --eval_only goes on with; else
     None."""
-    source, later = args.init, args.eval_only or args.phase > 1
-    if source is None and later and args.out and os.path.exists(f"{args.out}/ckpt.pt"):
+    needs = {"--eval_only": args.eval_only, f"--phase {args.phase}": args.phase > 1,
+             "--train decoder": args.train == "decoder"}
+    source = args.init
+    if source is None and any(needs.values()) and args.out and os.path.exists(f"{args.out}/ckpt.pt"):
         source = args.out
     if source is None:
-        if later:
-            flag = "--eval_only" if args.eval_only else f"--phase {args.phase}"
-            raise InputError(f"{flag} needs --init CKPT (the run before it)")
+        for flag, needed in needs.items():
+            if needed:
+                raise InputError(f"{flag} needs --init CKPT (the run before it)")
         return None
     ae = DCAE.from_pretrained(source)
     for flag in ("f", "c", "version"):
         given, have = getattr(args, flag), getattr(ae.config, flag)
         if given not in (None, have):
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
+    for flag in ("width", "widths", "depths"):
+        if getattr(args, flag) is not None and not args.toy:
+            raise InputError(f"--{flag}: {source} has its own; leave the flag out")
+    if not args.shortcuts:
+        raise InputError(f"--no-shortcuts: {source} says whether it has them; leave the flag out")
     return ae
 
 
@@ -574,7 +658,7 @@ def default_out(args, config):
     if args.eval_only and os.path.isdir(args.init or ""):
         return args.init
     name = f"out/dc-ae-{config.version}-f{config.f}c{config.c}"
-    if args.widths or args.width != 128:
+    if args.widths or args.width not in (None, 128):
         name += "-w" + "-".join(map(str, args.widths or [args.width]))
     if args.depths:
         name += "-d" + "-".join(map(str, args.depths))
@@ -630,6 +714,10 @@ class Ranks:
             x /= self.size
         return x
 
+    def any(self, flag):
+        """Whether a rank says so."""
+        return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+
     def print0(self, text):
         if self.is_main:
             tqdm.write(text)
@@ -643,8 +731,11 @@ def start_ranks():
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+    elif size > 1:                                              # torchrun leaves one thread to every rank
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     if size > 1 and not dist.is_initialized():                  # 12 h: ranks wait while one decodes
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12),
+                                device_id=device if cuda else None)
     return Ranks(rank, size, device)
 
 
@@ -656,12 +747,18 @@ def end_ranks():
 # --- Flags ------------------------------------------------------------------------------------------------
 
 
+class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def training_flags(description):
     """Flags of both trainers. A default of None is filled by the recipe, or by what the text says."""
     cuda = torch.cuda.is_available()
-    p = argparse.ArgumentParser(description=description,
-                                usage="%(prog)s [--flag value ...]   (--help explains each)",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Flags(description=description, usage="%(prog)s [--flag value ...]   (--help explains each)",
+              formatter_class=DefaultsHelp)
     add = p.add_argument
     add("--toy", action="store_true", help="small preset that a CPU trains in minutes; flags beside it win")
     add("--data", default="toy", help="folder of class folders or flat (unconditional); toy: built-in images")
@@ -702,7 +799,7 @@ def parse_flags(p, recipe, toy, argv=None):
     p.set_defaults(**toy)
     p.set_defaults(**recipe(p.parse_known_args(known)[0]) | toy)
     args = p.parse_args(argv)
-    check_flags(args)
+    check_flags(args)                                           # each stage checks its own
     args.betas = tuple(args.betas)
     if args.bench:                                              # the first steps are not timed
         args.timed = 20 if torch.cuda.is_available() else 3
@@ -711,19 +808,20 @@ def parse_flags(p, recipe, toy, argv=None):
     return args
 
 
+COUNT, LARGE, MAX_SHARE = 2**31, 1e38, 1 - 1e-9                 # the highest that a flag may be [ours]
+
+
 def check_flags(args):
-    at_least = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "log_every", "gpus"), 1)
-    at_least |= dict.fromkeys(("seed", "lr", "weight_decay", "warmup", "cooldown", "clip", "workers"), 0)
-    at_least["eval_every"] = 0
-    for name, low in at_least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise InputError(f"--{name} {value}: must be at least {low}")
-    for name in {"betas", "ema", "label_dropout"} & set(vars(args)):
-        if not all(0 <= share < 1 for share in np.atleast_1d(getattr(args, name))):
-            raise InputError(f"--{name} {getattr(args, name)}: must lie in [0, 1)")
+    check_numbers(
+        args,
+        **dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "log_every", "gpus"), (1, COUNT)),
+        **dict.fromkeys(("warmup", "cooldown", "eval_every"), (0, COUNT)),
+        **dict.fromkeys(("lr", "weight_decay", "clip"), (0, LARGE)),
+        betas=(0, MAX_SHARE), seed=(0, 2**63 - 1), workers=(0, 1024), tflops=(1e-9, LARGE))
     if args.data != "toy" and not args.dry_run and not os.path.exists(args.data):
         raise InputError(f"--data {args.data}: no such folder")
+    if args.out and os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise InputError(f"--out {args.out}: is a file; name a folder")
 
 
 def training_channels(args, c, ranks, known=None):
@@ -851,6 +949,14 @@ def autocast(args, ranks):
     return torch.autocast(ranks.device.type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
 
 
+@contextmanager
+def trial(args, ranks):
+    """Around a forward pass that nothing is learned from, on the way to a checkpoint: nothing is compiled for
+    it."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(args, ranks):
+        yield
+
+
 class Guard:
     """Steps with a non-finite gradient are skipped and counted on the device, without waiting for it.
     `buffers`, such as BatchNorm's statistics, have been moved by the forward pass of a skipped step: they are
@@ -859,7 +965,7 @@ class Guard:
     def __init__(self, device, ckpt=None, buffers=()):
         self.skipped, self.in_a_row, self.worst = (torch.zeros((), device=device) for _ in range(3))
         self.skipped += ckpt["skipped"] if ckpt else 0
-        self.buffers = [b for b in buffers if b.is_floating_point()]
+        self.buffers = list(buffers)
         self.good = [b.clone() for b in self.buffers]
 
     def step(self, opt, params, clip):
@@ -880,6 +986,10 @@ class Guard:
             b.copy_(torch.where(bad > 0, good, b))
             good.copy_(b)
         return norm, 1 - bad
+
+    def restore(self):
+        for b, good in zip(self.buffers, self.good):
+            b.copy_(good)
 
 
 # --- Many ranks -------------------------------------------------------------------------------------------
@@ -954,8 +1064,11 @@ def load_state(module, opt, ckpt, args, ema=None):
     if not state or not all(isinstance(name, str) for name in state):
         raise InputError(f"--out {args.out}: begun by an older version, which alone can go on with it "
                          f"(commit {ckpt['commit']}); or name another --out")
+    flags = [{name: group[name] for name in ("betas", "weight_decay")} for group in opt.param_groups]
     set_state_dict(module, opt, model_state_dict=ckpt["model"], optim_state_dict=ckpt["optimizer"],
                    options=whole)
+    for group, given in zip(opt.param_groups, flags):           # the moments are the run's, these are flags
+        group.update(given)
     if ema is not None:
         set_model_state_dict(ema, ckpt["ema"], options=whole)
 
@@ -967,15 +1080,19 @@ def is_sharded(module):
 # --- A run ------------------------------------------------------------------------------------------------
 
 
+PATIENCE = 10                                                   # seconds that a signal waits [ours]
+
+
 class Run:
     """A run folder: checkpoints, log, progress bar, signals. Every rank makes one; only the first writes."""
 
     def __init__(self, args, ranks):
         self.args, self.ranks = args, ranks
-        self.signalled = self.stop = False
+        self.signalled = self.stop = self.waits = False
+        self.lock = self.saved = None                           # saved: the step that ckpt.pt holds
         self.sums, self.wait = {}, 0.0                          # since the last log line
         if ranks.is_main and not args.bench:
-            os.makedirs(args.out, exist_ok=True)
+            self.lock = lock(make_folder(args.out))
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, self.on_signal)
 
@@ -984,55 +1101,133 @@ class Run:
             raise KeyboardInterrupt
         self.signalled = True
         self.stop = self.ranks.size == 1                        # several ranks agree in log()
+        signal.signal(signal.SIGALRM, self.on_alarm)
+        signal.alarm(PATIENCE)
 
-    def resume(self, kind, **kept):
-        """The last checkpoint in --out, or None; `kept` are entries that it must agree with, by flag."""
-        files = [f"{self.args.out}/{name}" for name in ("ckpt.pt", "ckpt_prev.pt")]
-        files = [file for file in files if os.path.exists(file)]
-        if self.args.bench or not files:
+    def on_alarm(self, number, frame):
+        if self.waits:
+            raise InputError(f"stopped by a signal while waiting; {self.where()}")
+
+    @contextmanager
+    def waiting(self):
+        """Around what may take for ever, but holds nothing that a checkpoint needs: a signal ends it after
+        PATIENCE seconds."""
+        self.waits = True
+        if self.signalled:
+            signal.alarm(PATIENCE)
+        try:
+            yield
+        finally:
+            self.waits = False
+
+    def where(self):
+        held = f"holds step {self.saved}" if self.saved is not None else "was not yet written"
+        return f"{self.args.out}/ckpt.pt {held}; the same command goes on"
+
+    def resume(self, kind, **must_match):
+        """The last checkpoint in --out, or None; `must_match` are entries that it must agree with, by flag.
+        The logs lose what is beyond it. A damaged ckpt.pt is set aside."""
+        if self.args.bench:
             return None
-        ckpt = read_checkpoint(files[0])
-        if ckpt["kind"] != kind:
-            raise InputError(f"--out {self.args.out}: holds a checkpoint of kind {ckpt['kind']}, not {kind}; "
-                             "choose another --out")
-        for name, value in kept.items():
+        last, before = f"{self.args.out}/ckpt.pt", f"{self.args.out}/ckpt_prev.pt"
+        if not os.path.exists(last) and not os.path.exists(before):
+            self.trim_logs(-1)
+            return None
+        file, ckpt = open_weights(self.args.out, ("ckpt.pt", "ckpt_prev.pt"), HUB)
+        if ckpt.get("kind") != kind:
+            raise InputError(f"--out {self.args.out}: holds a checkpoint of kind {ckpt.get('kind')}, not "
+                             f"{kind}; choose another --out")
+        for name, value in must_match.items():
             if ckpt.get(name) != value:
                 raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; "
                                  "use the same flags or another --out"[:199])
+        self.saved = ckpt["step"]
+        self.trim_logs(self.saved)
+        if self.ranks.size > 1:
+            dist.barrier()                                      # every rank has read it
+        if file.name == "ckpt_prev.pt" and self.ranks.is_main:
+            if os.path.exists(last):
+                os.replace(last, f"{self.args.out}/ckpt_damaged.pt")
+            os.replace(before, last)
         watched = ("data", "batch_size", "lr", "betas", "weight_decay", "clip", "seed", "lpips", "gan",
                    "label_dropout", "ema")
         changed = [flag for flag in watched if ckpt["args"].get(flag) != getattr(self.args, flag, None)]
         note = f"; changed since: {', '.join(changed)}" if changed else ""
-        self.ranks.print0(f"resuming {files[0]} at step {ckpt['step']}{note}")
+        self.ranks.print0(f"resuming {file} at step {self.saved}{note}")
         return ckpt
 
+    def trim_logs(self, step):
+        """Whole lines up to `step`, of all that a run appends to: what a kill left beyond it comes again."""
+        for name in ("log.jsonl", "eval.jsonl", "fid.jsonl") if self.ranks.is_main else ():
+            path = f"{self.args.out}/{name}"
+            if os.path.exists(path):
+                with open(path, errors="replace") as f:
+                    lines = [line for line in f if step_of(line) <= step]
+                with open(path + ".tmp", "w") as f:
+                    f.writelines(lines)
+                os.replace(path + ".tmp", path)
+
+    def append(self, name, line):
+        if self.ranks.is_main:
+            with open(f"{self.args.out}/{name}", "a") as f:
+                f.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def has(self, name, step):
+        """Whether a log has a line of this step."""
+        path = f"{self.args.out}/{name}"
+        if not os.path.exists(path):
+            return False
+        with open(path) as f:
+            return any(step_of(line) == step for line in f)
+
+    def owes(self, step, has_it, at_start=False):
+        """Whether an evaluation is due before this step, at the start or because a signal or a kill cut it
+        off."""
+        due = self.due(step, self.args.eval_every) and (step > 0 or at_start)
+        return due and self.ranks.any(not has_it)
+
+    def finished(self, step):
+        if step < self.args.steps:
+            return False
+        self.ranks.print0(f"{self.args.out} already holds step {step}; a larger --steps goes on")
+        self.unlock()
+        return True
+
+    def unlock(self):
+        if self.lock:
+            self.lock.close()
+
+    def sound(self, done, forward, output, guard):
+        """Whether a checkpoint may be written: its weights gave a finite output in trial(), and the last step
+        was taken. InputError where the run ends here. Undoes what the trial has moved."""
+        guard.restore()
+        if hasattr(forward, "reshard"):                         # FSDP2's root waits for a backward pass
+            forward.reshard()
+        finite = output.float().mean().isfinite().item()
+        if not self.ranks.any(not finite or guard.in_a_row > 0):
+            return True
+        if self.stop or done == self.args.steps:
+            raise InputError(f"step {done} was not saved, its weights or loss are not finite: {self.where()}")
+        return False
+
     def save(self, state):
-        """Write to a temporary file, then rename: a kill at any moment leaves a whole checkpoint."""
         if self.ranks.is_main:
             path = f"{self.args.out}/ckpt.pt"
             about = {"args": vars(self.args), "commit": commit(), "torch": str(torch.__version__)}
-            with open(path + ".tmp", "wb") as f:
-                torch.save(state | about, f)
-                f.flush()
-                os.fsync(f.fileno())
-            if os.path.exists(path):
-                os.replace(path, f"{self.args.out}/ckpt_prev.pt")
-            os.replace(path + ".tmp", path)
+            write_checkpoint(state | about, path, keep=f"{self.args.out}/ckpt_prev.pt")
+        self.saved = state["step"]
         if self.ranks.size > 1:
             dist.barrier()
 
     def steps(self, start_step):
         """Counts steps under a progress bar."""
-        if start_step >= self.args.steps:
-            self.ranks.print0(f"{self.args.out} already holds step {start_step}; a larger --steps goes on")
         self.bar = tqdm(total=self.args.steps, initial=start_step, unit="step", dynamic_ncols=True,
                         disable=not self.ranks.is_main, mininterval=0.2 if sys.stderr.isatty() else 10)
-        self.start_step = self.logged = self.done = start_step
+        self.start_step = self.logged = start_step
         self.since = time.time()
         for step in range(start_step, self.args.steps):
             if self.args.bench and step == self.args.steps - self.args.timed:
                 self.since = synchronized_time()
-            self.done = step + 1
             yield step
             self.bar.update()
 
@@ -1041,7 +1236,8 @@ class Run:
 
     def next(self, stream):
         start = time.time()
-        batch = next(stream)
+        with self.waiting():
+            batch = next(stream)
         self.wait += time.time() - start
         return batch
 
@@ -1064,34 +1260,27 @@ class Run:
         speed = (done - self.logged) * self.args.batch_size / seconds
         line = {"step": done, **terms, **facts, "skipped": int(guard.skipped),
                 "img_per_s": float(f"{speed:.4g}"), "wait": round(self.wait / seconds, 3)}
-        if self.ranks.is_main:
-            with open(f"{self.args.out}/log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-            text = f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}"
-            text += f", skipped {line['skipped']}" if line["skipped"] else ""
-            self.bar.set_postfix_str(text, refresh=done == self.start_step + 1)
+        self.append("log.jsonl", line)
+        text = f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}"
+        text += f", skipped {line['skipped']}" if line["skipped"] else ""
+        self.bar.set_postfix_str(text, refresh=done == self.start_step + 1)
         self.sums, self.wait, self.since, self.logged = {}, 0.0, time.time(), done
-        self.agree_to_stop()
+        self.stop = self.ranks.any(self.signalled)
         if guard.worst >= 10:
-            good = f"{self.args.out}/ckpt.pt"
-            good = good if os.path.exists(good) else "not yet written"
-            raise InputError(f"10 steps in a row had a non-finite loss; the last good checkpoint is {good} "
-                             "(lower --lr, or --dtype fp32)")
+            raise InputError(f"10 steps in a row had a non-finite loss (lower --lr, or --dtype fp32); "
+                             f"{self.where()}"[:199])
 
     def averages(self):
         names = sorted(self.sums)
         sums = self.ranks.mean(torch.stack([self.sums[name] for name in names]))  # (terms, 2)
         return {name: float(f"{s / w:.6g}") for name, (s, w) in zip(names, sums.tolist()) if w > 0}
 
-    def agree_to_stop(self):
-        signals = torch.tensor(float(self.signalled), device=self.ranks.device)
-        self.stop = self.ranks.mean(signals).item() > 0
-
     def close(self):
         self.bar.close()
+        self.unlock()
+        signal.alarm(0)
         if self.stop:
-            self.ranks.print0(f"stopped by a signal; {self.args.out}/ckpt.pt holds step {self.done}; "
-                              "the same command goes on")
+            self.ranks.print0(f"stopped by a signal; {self.where()}")
 
     def bench_line(self, name, macs, **facts):
         """Of the last steps; share_of_peak counts 3 x forward MACs against the chip's dense bf16 data-sheet
@@ -1113,6 +1302,22 @@ class Run:
         if self.ranks.is_main:
             print(json.dumps(line))
         return line
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {path}: no folder can be made there ({e.strerror}); name another") from None
+    return path
+
+
+def step_of(line):
+    """Of a line of a log; of half a line more than any."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 def synchronized_time():
@@ -1172,5 +1377,5 @@ def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
     end_ranks()

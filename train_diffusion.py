@@ -26,14 +26,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fid
-from ae import (InputError, evenly_spaced, fingerprint, open_autoencoder, open_images, save_grid,
-                to_uint8)
+from ae import (InputError, check_numbers, evenly_spaced, fingerprint, open_autoencoder, open_images,
+                save_grid, script, to_uint8)
 from diffusion import MODELS, build, draw_t, forward_macs, gaussian, training_loss, uniform
 from sample import generate
-from train_ae import (Guard, Run, Stream, adamw, autocast, batches, cost, data_name, draw_channels, end_ranks,
-                      learning_rate, load, load_state, loss_names, parallel, parse_flags, print_estimate,
-                      sample_numbers, set_lr, settle_batch, shard, start_ranks, sync_gradients,
-                      training_channels, training_flags, whole_state, whole_weights)
+from train_ae import (COUNT, LARGE, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
+                      draw_channels, end_ranks, learning_rate, load, load_state, loss_names, parallel,
+                      parse_flags, print_estimate, sample_numbers, set_lr, settle_batch, shard, start_ranks,
+                      sync_gradients, training_channels, training_flags, trial, whole_state, whole_weights)
+
 
 RECIPES = {  # defaults of the flags by family [DC-Gen projects/DC-AE.md @cae2205, batch 1024]
     "DiT": dict(lr=2e-4, weight_decay=0.0, betas=(0.9, 0.999), warmup=0),
@@ -56,6 +57,12 @@ def main(argv=None):
     ae, c, size = configure(args, ranks)                        # ae: None for --bench and --dry_run
     if args.dry_run:
         return dry_run(args, ranks, c, size)
+    return train(args, ranks, ae, c, size)
+
+
+def train(args, ranks, ae, c, size):
+    run = Run(args, ranks)
+    reference = Reference(args, ranks) if args.fid and args.eval_every else None
     latents = RANDOM if args.bench else cache_latents(args, ae, ranks)
 
     # The network, its average, its optimiser
@@ -72,17 +79,25 @@ def main(argv=None):
     params = [p for p in net.parameters() if p.requires_grad]
 
     # Where the run stands
-    run, start_step = Run(args, ranks), 0
-    kept = dict(config=net.config, channels=args.channels, ae_hash=latents.ae_hash,
-                image_size=args.image_size)
-    if ckpt := run.resume("diffusion", **kept):
+    start_step = 0
+    must_match = dict(config=net.config, channels=args.channels, ae_hash=latents.ae_hash,
+                      image_size=args.image_size)
+    if ckpt := run.resume("diffusion", **must_match):
         start_step = ckpt["step"]
         load_state(net, opt, ckpt, args, ema)
     guard = Guard(ranks.device, ckpt)                           # skips non-finite steps
-    reference = open_reference(args, ranks) if args.fid else None
+    ckpt = None                                                 # gives its memory back
+    owed = run.owes(start_step, os.path.exists(preview_file(args, start_step)))
+    if run.finished(start_step) and not owed:
+        return
+    if reference:
+        reference.measure()
+    if owed:
+        evaluate(run, start_step, ema, ae, latents, reference)
 
     # The loop
     stream = random_batch(args, ranks, c, size) if args.bench else batches(latents, args, ranks, start_step)
+    macs = forward_macs(net) if args.bench else None
     for step in run.steps(start_step):
         lr = set_lr(learning_rate(step, args, WARMUP_START), opt)
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
@@ -119,25 +134,27 @@ def main(argv=None):
 
         done, stop = step + 1, run.stop                         # read once: a signal may come at any line
         if stop or run.due(done, args.save_every):
-            save(run, done, net, ema, opt, guard, latents, kept)
+            with trial(args, ranks):
+                output = forward(z, draw_t(net, u), y)          # of the weights that would be saved
+            if run.sound(done, forward, output, guard):
+                save(run, done, net, ema, opt, guard, latents, must_match)
         if stop:
             break
         if run.due(done, args.eval_every):
-            preview(run, done, ema, ae, latents)
-            if reference:
-                score(run, done, ema, ae, latents, *reference)
+            with run.waiting():
+                evaluate(run, done, ema, ae, latents, reference)
     run.close()
     if args.bench:
-        return run.bench_line(args.model, forward_macs(net), latent=[c, size, size])
+        return run.bench_line(args.model, macs, latent=[c, size, size])
 
 
-def save(run, done, net, ema, opt, guard, latents, kept):
+def save(run, done, net, ema, opt, guard, latents, must_match):
     model, optimizer = whole_state(net, opt)
     ae = run.args.ae
     if os.path.exists(ae):                                      # else a name on a hub
         ae = os.path.abspath(ae)
     run.save({"kind": "diffusion",
-              **kept,
+              **must_match,
               "step": done,
               "model": model,
               "ema": whole_weights(ema, cpu=True),
@@ -304,50 +321,65 @@ def write_rows(path, start, values):
 # Pictures and scores along the way, from the averaged weights
 
 
-def draw(run, ema, labels, index=None):
-    """Latents for these labels. Under --fsdp all ranks must take the same steps, as Heun's solver does."""
-    solver = "heun" if run.args.fsdp and ema.objective == "flow" else None
-    return generate(ema, labels, seed=run.args.seed, solver=solver, index=index)
+class Reference:
+    """--fid: what samples are compared with, and the network that looks at both."""
+
+    def __init__(self, args, ranks):
+        self.args = args
+        size = None if args.fid.endswith(".npz") else args.image_size
+        num = args.fid_num if args.fid == "toy" else None
+        self.side = fid.open_side(args.fid, num, size)
+        for side in filter(None, self.side):
+            if side.size and tuple(side.size) != (args.image_size, args.image_size):
+                raise InputError(f"--fid {args.fid}: pictures of {side.size[0]} px, the samples have "
+                                 f"{args.image_size}; name another")
+        self.extractor = fid.load_extractor(args.inception, args.features, ranks.device)
+
+    def measure(self):
+        self.statistics = fid.measure(self.side, self.extractor, ("fid",), workers=self.args.workers)
+
+
+def preview_file(args, step):
+    return f"{args.out}/samples_{step:07d}.png"
 
 
 @torch.no_grad()
-def preview(run, done, ema, ae, latents):
-    """PNG at fixed seeds and classes: convergence by eye."""
+def evaluate(run, done, ema, ae, latents, reference):
+    """With --fid a line in fid.jsonl, then a PNG at fixed seeds and classes: convergence by eye."""
+    if reference:
+        score(run, done, ema, ae, latents, reference)
     classes = max(1, latents.num_classes)
     if run.ranks.is_main or run.args.fsdp:                      # FSDP: all ranks gather weights
-        z = draw(run, ema, torch.arange(40) % classes)
+        z = sample_latents(run, ema, torch.arange(40) % classes)
     if run.ranks.is_main:
         pixels = torch.cat([to_uint8(ae.decode(part / latents.scale)) for part in z.split(8)])
         columns = min(10, latents.num_classes or 10)
-        save_grid(pixels, f"{run.args.out}/samples_{done:07d}.png", columns)
+        save_grid(pixels, preview_file(run.args, done), columns)
 
 
-def open_reference(args, ranks):
-    """--fid: (statistics of the reference, the network that made them)."""
-    extractor = fid.load_extractor(args.inception, args.features, ranks.device)
-    size = None if args.fid.endswith(".npz") else args.image_size
-    num = args.fid_num if args.fid == "toy" else None
-    side = fid.open_side(args.fid, num, size)
-    statistics = fid.measure(side, extractor, ("fid", "is"), workers=args.workers)
-    return statistics, extractor
-
-
-@torch.no_grad()
-def score(run, done, ema, ae, latents, reference, extractor):
-    """Samples against the reference, straight from the sampler; appended to fid.jsonl."""
+def score(run, done, ema, ae, latents, reference):
+    """Samples against the reference, straight from the sampler."""
     num, ranks = run.args.fid_num, run.ranks
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(max(1, latents.num_classes), (num,), generator=generator)
 
     def batches_of_pixels():
         for index in torch.arange(ranks.rank, num, ranks.size).split(50):
-            z = draw(run, ema, labels[index], index)
+            z = sample_latents(run, ema, labels[index], index)
             yield to_uint8(ae.decode(z / latents.scale))
-    scores = fid.score(batches_of_pixels(), reference, extractor, ("fid", "is"), allow_small=True, total=num)
-    if ranks.is_main:
-        with open(f"{run.args.out}/fid.jsonl", "a") as f:
-            f.write(json.dumps({"step": done, **scores}) + "\n")
+    scores = fid.score(batches_of_pixels(), reference.statistics, reference.extractor, ("fid", "is"),
+                       allow_small=True, total=num)
+    run.append("fid.jsonl", {"step": done, **scores})
     ranks.print0(f"step {done}: {scores['name']} {scores['fid']:.3f}")
+
+
+def sample_latents(run, ema, labels, index=None):
+    """Latents for these labels. Under --fsdp all ranks must take the same steps, as Heun's solver does."""
+    solver = "heun" if run.args.fsdp and ema.objective == "flow" else None
+    z = generate(ema, labels, seed=run.args.seed, solver=solver, index=index)
+    if hasattr(ema, "reshard"):                                 # FSDP2's root waits for a backward pass
+        ema.reshard()
+    return z
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -387,7 +419,12 @@ def parse(argv=None):
         if args.model not in MODELS:
             raise InputError(f"--model {args.model}: unknown; one of {', '.join(MODELS)}"[:199])
         return RECIPES[args.model.split("-")[0]]
-    return parse_flags(p, recipe, TOY, argv)
+    args = parse_flags(p, recipe, TOY, argv)
+    side = (1, 2**16)
+    check_numbers(args, ema=(0, MAX_SHARE), ema_warmup=(1e-9, LARGE), label_dropout=(0, MAX_SHARE),
+                  patch=(1, 64), image_size=side, c=side, size=side, hidden=side, heads=side,
+                  depth=(1, 1000), max_images=(1, COUNT), fid_num=(2, COUNT))
+    return args
 
 
 def configure(args, ranks):
@@ -450,8 +487,9 @@ def announce(args, ranks, net):
     how = "not augmented"
     if set(channels) != {c}:
         how = f"augmented: c' from {channels[0]} to {channels[-1]} ({len(set(channels))} values)"
+    source = f" of {args.ae}" if args.ae else ""
     ranks.print0(f"training {args.model}, {million:.1f} M parameters, {gmacs:.2f} GMACs, "
-                 f"on latents {c}x{size}x{size} of {args.ae}, {data_name(args)}, "
+                 f"on latents {c}x{size}x{size}{source}, {data_name(args)}, "
                  f"{net.config['num_classes']} classes, global batch {args.batch_size}, {how}, "
                  f"lr {args.lr:g}, {args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
 
@@ -470,5 +508,5 @@ def dry_run(args, ranks, c, size):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
     end_ranks()

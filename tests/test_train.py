@@ -11,6 +11,7 @@ import atexit
 import functools
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -670,22 +671,30 @@ BAD_1 = {  # flags of train_ae.py: words of the message
     "--image_size 100": "--image_size 32", "--image_size 32 64": "--image_size --eval_only",
     "--gan 1 --f 4 --image_size 20": "--image_size --gan 24", "--batch_size 5 --accumulate 2": "--batch_size",
     "--data nowhere": "--data", "--init nowhere": "nowhere", "--phase 3": "--phase 3 --init",
-    "--eval_only": "--eval_only --init", "--seed -1": "--seed", "--betas 0.9 2": "--betas", "--steps 0": "--steps"}
+    "--eval_only": "--eval_only --init", "--seed -1": "--seed", "--betas 0.9 2": "--betas", "--steps 0": "--steps",
+    "--train decoder": "--train decoder --init", "--seed 9223372036854775808": "--seed", "--lr inf": "--lr",
+    "--lpips nan": "--lpips", "--gan -1": "--gan", "--eval_num 0": "--eval_num", "--eval_num -3": "--eval_num",
+    "--tflops 0": "--tflops", "--width 0": "--width", "--depths 0,10000000,1": "--depths", "--steps x": "--steps",
+    "--f 4 --image_size 12 --lpips 1": "--image_size --lpips 16", "--out setup.cfg/x": "--out"}
 BAD_2 = {  # and of train_diffusion.py
     "": "--ae", "--ae nowhere": "nowhere", "--model DiT-Z": "--model", "--data nowhere --ae x": "--data",
-    "--dry_run": "--ae --c --size"}
+    "--dry_run": "--ae --c --size", "--patch 0 --ae x": "--patch", "--ema_warmup -5 --ae x": "--ema_warmup",
+    "--ema_warmup 0 --ae x": "--ema_warmup", "--max_images 0 --ae x": "--max_images", "--fid_num 1 --ae x": "--fid_num",
+    "--depth 0 --ae x": "--depth", "--hidden 10000000 --ae x": "--hidden", "--label_dropout nan --ae x": "--label_dropout",
+    "--ae /etc/passwd": "/etc/passwd"}
 BAD = [(stage1, *row) for row in BAD_1.items()] + [(stage2, *row) for row in BAD_2.items()]
 
 
 @pytest.mark.parametrize("main, flags, words", BAD, ids=str)
 def test_bad_input_is_one_line(tmp_path, main, flags, words):
+    (tmp_path / "setup.cfg").write_text("a file")
+    flags = flags.replace("setup.cfg", f"{tmp_path}/setup.cfg")
     try:
-        main(f"--steps 1 --eval_every 0 {flags} --out {tmp_path}")
+        main(f"--steps 1 --eval_every 0 --out {tmp_path}/out {flags}")
     except InputError as e:
         message = str(e.code if e.code is not None else e)
         assert len(message) < 200 and "\n" not in message and all(word in message for word in words.split()), message
-    except SystemExit as e:                                      # argparse's own
-        assert e.code == 2
+        assert not list(tmp_path.glob("out/*.jsonl"))             # before any work
     else:
         pytest.fail("accepted")
 
@@ -694,6 +703,12 @@ def test_other_bad_input(tmp_path, toy_ae):
     for flag, value in (("f", "8"), ("c", "4"), ("version", "1.0")):
         with pytest.raises(InputError, match=f"--{flag} {value}.* has {flag}"):
             stage1(f"--init {toy_ae} --{flag} {value} --dry_run")
+    for flag in ("widths 4,8,8", "depths 0,1,1", "width 64", "no-shortcuts"):
+        with pytest.raises(InputError, match=f"--{flag.split()[0]}.* leave the flag out"):
+            stage1(f"--init {toy_ae} --{flag} --dry_run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out .*file"):
+        stage1(f"{AE} --steps 1 --out {tmp_path}/file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty"):
         stage1(f"{AE} --data {tmp_path}/empty --lpips 0 --steps 1 --out {tmp_path}/o")
@@ -716,20 +731,22 @@ def test_skipped_steps_leave_no_trace_but_in_the_count(tmp_path, small_discrimin
     nan = lambda z: z * float("nan")
     stage1(f"{flags} --steps 3 --out {tmp_path}/three")
     with at_steps(ae_file.Encoder, range(3, 12), nan):
-        stage1(f"{flags} --steps 12 --log_every 4 --out {tmp_path}/twelve")
+        stage1(f"{flags} --steps 13 --log_every 4 --out {tmp_path}/twelve")
+    state = ckpt(tmp_path / "three")
+    state["step"] = 12                                            # as if nothing had been between
+    ae_file.write_checkpoint(state, tmp_path / "three" / "ckpt.pt")
+    stage1(f"{flags} --steps 13 --out {tmp_path}/three")
     a, b = ckpt(tmp_path / "three"), ckpt(tmp_path / "twelve")
-    for name in [name for name in a["model"] if name.endswith("num_batches_tracked")]:
-        del a["model"][name], b["model"][name]                    # no number depends on this count
     assert_same_bits(a, b, ("model", "optimizer", "z_square", "disc", "disc_optimizer"))
     assert a["scale"] == b["scale"] and (a["skipped"], b["skipped"]) == (0, 9)
     lines, three = log(tmp_path / "twelve"), log(tmp_path / "three")
-    assert [(line["step"], line["skipped"]) for line in lines] == [(1, 0), (4, 1), (8, 5), (12, 9)]
+    assert [(line["step"], line["skipped"]) for line in lines] == [(1, 0), (4, 1), (8, 5), (12, 9), (13, 9)]
     for key in ("loss", "l1", "grad_norm"):                       # of the steps that were taken
         assert lines[1][key] == pytest.approx((three[1][key] + three[2][key]) / 2, rel=5e-6)
     assert "loss" not in lines[2] and "NaN" not in open(tmp_path / "twelve" / "log.jsonl").read()
     with at_steps(ae_file.Encoder, [1], nan):                     # a tenth, but not in a row
-        stage1(f"{flags} --steps 14 --out {tmp_path}/twelve")
-    assert [line["skipped"] for line in log(tmp_path / "twelve")[4:]] == [9, 10]
+        stage1(f"{flags} --steps 16 --out {tmp_path}/twelve")
+    assert [line["skipped"] for line in log(tmp_path / "twelve")[4:]] == [9, 9, 10, 10]
     assert ckpt(tmp_path / "twelve")["skipped"] == 10
     bias = [ckpt(tmp_path / "twelve", name)["model"]["encoder.project_out.bias"] for name in ("ckpt", "ckpt_prev")]
     assert not torch.equal(*bias)                                 # it trains on
@@ -739,10 +756,29 @@ def test_a_skipped_step_of_the_denoiser_leaves_the_average_alone(tmp_path, toy_c
     flags = f"{DIT} {toy_cache} --model DiT-T"
     stage2(f"{flags} --steps 2 --out {tmp_path}/a")
     with at_steps(diffusion.DiT, (2, 3), lambda out: out * float("inf")):
-        stage2(f"{flags} --steps 4 --out {tmp_path}/b")
+        stage2(f"{flags} --steps 5 --out {tmp_path}/b")
+    state = ckpt(tmp_path / "a")
+    state["step"] = 4                                             # as if nothing had been between
+    ae_file.write_checkpoint(state, tmp_path / "a" / "ckpt.pt")
+    stage2(f"{flags} --steps 5 --out {tmp_path}/a")
     assert_same_bits(ckpt(tmp_path / "a"), ckpt(tmp_path / "b"), ("model", "ema", "optimizer"))
-    stage2(f"{flags} --steps 5 --out {tmp_path}/b")
     assert log(tmp_path / "b")[-1]["skipped"] == 2 == ckpt(tmp_path / "b")["skipped"]
+
+
+@pytest.mark.parametrize("end", ["steps", "signal"])
+def test_nothing_is_saved_inside_a_streak_of_skipped_steps(tmp_path, end):
+    def bad(z):
+        if end == "signal" and next(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return z * float("nan")
+    count = iter(range(10))
+    with at_steps(ae_file.Encoder, range(3, 12), bad):
+        with pytest.raises(InputError, match="ckpt.pt holds step 3") as e:
+            stage1(f"{AE} --steps 8 --save_every 1 --out {tmp_path}")
+    assert len(str(e.value.code)) < 200 and "not saved" in str(e.value.code)
+    assert [ckpt(tmp_path, name)["step"] for name in ("ckpt", "ckpt_prev")] == [3, 2]
+    stage1(f"{AE} --steps 8 --save_every 1 --out {tmp_path}")     # the same command goes on
+    assert ckpt(tmp_path)["step"] == 8 and [line["step"] for line in log(tmp_path)] == [*range(1, 9)]
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path):
@@ -757,10 +793,11 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path):
 def test_a_learning_rate_that_explodes_ends_in_one_line(tmp_path):
     p = command("train_ae.py", f"{AE} --steps 30 --lr 1e30 --clip 0 --out {tmp_path}")
     out, err = p.communicate(timeout=120)
-    assert p.returncode != 0 and "Traceback" not in err and "last good checkpoint" in err and "--lr" in err
-    saved = flat(ckpt(tmp_path)["model"])                         # while every step was skipped
-    assert all(t.isfinite().all() for t in saved.values())
+    assert p.returncode != 0 and "Traceback" not in err and "not yet written" in err and "--lr" in err
     assert "NaN" not in open(tmp_path / "log.jsonl").read()
+    with pytest.raises(InputError, match="was not yet written"):  # step 1 was taken; its weights give no finite loss
+        stage1(f"{AE} --steps 1 --lr 1e30 --clip 0 --out {tmp_path}/one")
+    assert not list((tmp_path / "one").glob("*.pt"))
 
 
 @pytest.mark.parametrize("trainer", ["ae", "diffusion"])
@@ -987,6 +1024,137 @@ def test_kill_9_and_sigterm(tmp_path):
     assert_same_bits(ckpt(tmp_path / "a"), ckpt(tmp_path / "b"))
 
 
+def stand_still_at_the_third_batch():
+    count = iter(range(100))
+    get_batch = ae_file.ToyImages.get_batch
+
+    def slow(self, indices, keys=None):
+        if next(count) == 2:
+            time.sleep(600)
+        return get_batch(self, indices, keys)
+    ae_file.ToyImages.get_batch = slow
+    train_ae.PATIENCE = 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_ends_a_run_that_waits_for_its_data(tmp_path, workers):
+    flags = f"{AE} --steps 50 --save_every 1 --workers {workers} --out {tmp_path}/a"
+    job = Job(tmp_path, "train_ae.py", flags, patch=stand_still_at_the_third_batch)
+    while not (tmp_path / "a" / "ckpt_prev.pt").exists() and job.running():
+        time.sleep(0.02)
+    job.signal(signal.SIGTERM)
+    code, text = job.end(timeout=60)
+    assert code == 1 and "stopped by a signal while waiting" in text and "holds step 2" in text, text[-2000:]
+
+
+def test_nobody_reads_what_a_run_prints(tmp_path):
+    """A closed pipe (| head -1) leaves the run alone; a full one keeps no signal from it."""
+    for name in ("closed", "full"):
+        reader, writer = os.pipe()
+        flags = f"train_ae.py {AE} --steps {8 if name == 'closed' else 10**6} --out {tmp_path}/{name}"
+        code = f"import ae, tqdm; ae.Screen.drain.__defaults__ = (0.5,); tqdm.tqdm.write = lambda *a, w=tqdm.tqdm.write, **k: [w('x' * 70000), w(*a, **k)]\n" \
+               f"import sys, runpy; sys.argv = {flags.split()!r}; sys.path.insert(0, {str(ROOT)!r})\n" \
+               f"runpy.run_path('train_ae.py', run_name='__main__')"
+        p = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=writer)
+        os.close(writer)
+        if name == "closed":
+            os.close(reader)
+        else:
+            while not (tmp_path / name / "ckpt.pt").exists() and p.poll() is None:
+                time.sleep(0.02)
+            p.send_signal(signal.SIGTERM)
+        assert p.wait(timeout=60) == 0
+        steps = [line["step"] for line in log(tmp_path / name)]
+        assert steps == [*range(1, ckpt(tmp_path / name)["step"] + 1)] and len(steps) >= 8 - 6 * (name == "full")
+    os.close(reader)
+
+
+def test_a_second_training_in_one_folder_is_refused(tmp_path):
+    first = Job(tmp_path, "train_ae.py", f"{AE} --steps 100000 --out {tmp_path}/a")
+    while not (tmp_path / "a" / "log.jsonl").exists() and first.running():
+        time.sleep(0.02)
+    p = command("train_ae.py", f"{AE} --steps 3 --out {tmp_path}/a")
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 1 and "another process" in err and "--out" in err and "Traceback" not in err
+    first.signal(signal.SIGKILL)                                  # gives the folder free
+    first.end()
+    stage1(f"{AE} --steps 3 --out {tmp_path}/a")
+    assert ckpt(tmp_path / "a")["step"] >= 3
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "bit":
+        data[len(data) // 3] ^= 4
+    path.write_bytes({"bit": data, "short": data[:-100], "empty": b""}[how])
+
+
+@pytest.mark.parametrize("how", ["bit", "short", "empty"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how, capsys):
+    flags = f"{AE} --save_every 2"
+    stage1(f"{flags} --steps 6 --out {tmp_path}/whole")
+    stage1(f"{flags} --steps 4 --out {tmp_path}/a")
+    damage(tmp_path / "a" / "ckpt.pt", how)
+    with open(tmp_path / "a" / "log.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')                                # and half a line
+    capsys.readouterr()
+    stage1(f"{flags} --steps 6 --out {tmp_path}/a")
+    line, = [x for x in capsys.readouterr().err.splitlines() if "ckpt_prev.pt" in x]
+    assert "ckpt.pt" in line.replace("ckpt_prev.pt", "") and len(line) < 300
+    assert_same_bits(ckpt(tmp_path / "a"), ckpt(tmp_path / "whole"))
+    assert [x["step"] for x in log(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "a" / "ckpt_damaged.pt").exists()
+    assert ckpt(tmp_path / "a", "ckpt_prev")["step"] == 4         # the damaged one was never in its place
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        damage(tmp_path / "a" / name, how)
+    with pytest.raises(InputError, match="ckpt"):
+        stage1(f"{flags} --steps 8 --out {tmp_path}/a")
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up(tmp_path, sit):
+    flags = f"{AE} --eval_every 2 --eval_num 4 --save_every 2"
+    stage1(f"{flags} --steps 4 --out {tmp_path}/whole")
+
+    def cut(*args):
+        raise KeyboardInterrupt
+    with mock.patch.object(train_ae.Evaluation, "report", cut), pytest.raises(KeyboardInterrupt):
+        stage1(f"{flags} --steps 4 --out {tmp_path}/a")
+    assert ckpt(tmp_path / "a")["step"] == 2 and not (tmp_path / "a" / "eval.jsonl").exists()
+    for _ in range(2):                                            # and once only
+        stage1(f"{flags} --steps 4 --out {tmp_path}/a")
+        assert log(tmp_path / "a", "eval") == log(tmp_path / "whole", "eval")
+    flags = f"{sit} --eval_every 2 --save_every 2 --steps 2 --out {tmp_path}/d"
+    with mock.patch.object(train_diffusion, "evaluate", cut), pytest.raises(KeyboardInterrupt):
+        stage2(flags)
+    stage2(flags)
+    assert (tmp_path / "d" / "samples_0000002.png").exists() and len(log(tmp_path / "d")) == 2
+
+
+def test_logs_lose_what_is_beyond_the_checkpoint(tmp_path):
+    flags = f"{AE} --save_every 2 --eval_every 3 --eval_num 4"
+    stage1(f"{flags} --steps 6 --out {tmp_path}/a")
+    stage1(f"{flags} --steps 3 --out {tmp_path}/b")
+    os.remove(tmp_path / "b" / "ckpt.pt")                         # killed at step 3, before it was saved
+    with open(tmp_path / "b" / "log.jsonl", "a") as f:
+        f.write('{"step": 5, "loss": 1}\n{"step": 6, "lo')
+    stage1(f"{flags} --steps 6 --out {tmp_path}/b")
+    for name in ("log", "eval"):
+        steps = [line["step"] for line in log(tmp_path / "b", name)]
+        assert steps == [line["step"] for line in log(tmp_path / "a", name)]
+
+
+def test_betas_and_weight_decay_of_a_resume_are_the_flags(tmp_path, sit, capsys):
+    stage1(f"{AE} --steps 2 --out {tmp_path}/a")
+    stage1(f"{AE} --steps 4 --betas 0.5 0.6 --weight_decay 0.3 --out {tmp_path}/a")
+    assert "changed since: betas, weight_decay" in capsys.readouterr().out
+    groups = ckpt(tmp_path / "a")["optimizer"]["param_groups"]
+    assert {(tuple(g["betas"]), g["weight_decay"]) for g in groups} == {((0.5, 0.6), 0.3)}
+    stage2(f"{sit} --steps 2 --out {tmp_path}/d")
+    stage2(f"{sit} --steps 4 --betas 0.5 0.6 --weight_decay 0.3 --out {tmp_path}/d")
+    groups = ckpt(tmp_path / "d")["optimizer"]["param_groups"]
+    assert {(tuple(g["betas"]), g["weight_decay"]) for g in groups} == {((0.5, 0.6), 0.3), ((0.5, 0.6), 0.0)}
+
+
 def fail_in_the_third_forward():
     count = iter(range(100))
 
@@ -1062,7 +1230,7 @@ def test_autoencoder_fsdp_equals_one_and_goes_on_without(tmp_path, one, flags, a
     table = log(tmp_path / "two", "eval")[0]["table"]             # ranks share the pictures
     by_hand = evaluate_by_hand(tmp_path / "two", to_pixels(toy_pictures(range(5), train=False)), (2, 4, 8))
     assert [row["n"] for row in table] == [5] * 3 and psnr_of(table) == pytest.approx(by_hand, rel=1e-3)
-    assert set(table[0]) == {"c_prime", "psnr", "ssim", "n"}      # on built-in images: nothing to download
+    assert set(table[0]) == {"c_prime", "psnr", "psnr_n", "ssim", "n"}      # on built-in images: nothing to download
     stage1(f"{two} --steps 4")
     assert_same_first_line(one(flags), tmp_path / "two")
     assert distance(ckpt(one(flags)), ckpt(tmp_path / "two")) < 1e-4
@@ -1137,7 +1305,7 @@ def write_down_solvers(folder):
 def test_fsdp_equals_one_and_resumes_on_other_ranks(tmp_path, one_diffusion):
     flags, one = one_diffusion
     spy = functools.partial(write_down_solvers, str(tmp_path))
-    first = f"{flags} --fsdp --steps 3 --eval_every 3 --out {tmp_path}/two"
+    first = f"{flags} --fsdp --steps 3 --eval_every 2 --out {tmp_path}/two"              # a preview, and training goes on
     run(tmp_path, "train_diffusion.py", first, ranks=2, patch=spy)
     solvers = [(tmp_path / f"solver_{rank}").read_text() for rank in (0, 1)]
     assert solvers == ["heun", "heun"]                            # fixed steps: adaptive ones would differ among ranks
@@ -1541,7 +1709,7 @@ def test_evaluation_equals_decoding_each_prefix_by_hand(tmp_path, pictures, feat
     text = capsys.readouterr().out
     assert json.loads(text.strip().splitlines()[-1]) == saved["results"]
     for row in results[32]:
-        printed = [str(row["c_prime"]), *(f"{row[k]:.3f}" for k in ("psnr", "ssim", "lpips", "rfid"))]
+        printed = [str(row["c_prime"]), *(f"{row[k]:.3f}" for k in ("psnr", "ssim", "lpips", "rfid", "knn"))]
         assert printed in [line.split() for line in text.splitlines()]
     if version == "1.0":
         return
@@ -1559,6 +1727,48 @@ def no_network():
     def refuse(*args, **kwargs):
         raise OSError("no network")
     torch.hub.download_url_to_file = refuse
+
+
+def test_psnr_is_the_mean_over_pictures_that_have_one(tmp_path, toy_ae, monkeypatch):
+    """Equal pictures have an infinite one, which JSON cannot say."""
+    monkeypatch.setattr(fid, "psnr", lambda a, b: torch.tensor([math.inf, 20.0, math.inf, 30.0])[:len(a)])
+    flags = f"--eval_only --init {toy_ae} --eval_channels 8 --batch_size 4 --out {tmp_path}"
+    stage1(f"{flags} --eval_num 4")
+    row, = json.load(open(tmp_path / "eval.json"))["results"]["16"]
+    assert (row["psnr"], row["psnr_n"], row["n"]) == (25, 2, 4)
+    stage1(f"{flags} --eval_num 1")
+    row, = json.load(open(tmp_path / "eval.json"))["results"]["16"]
+    assert (row["psnr"], row["psnr_n"], row["n"]) == (None, 0, 1)
+
+
+def test_scores_below_their_size_are_left_out(tmp_path, pictures, features, monkeypatch, capsys):
+    monkeypatch.setattr(train_ae, "LPIPS", lambda net: LPIPS(net, random=True))
+    write_autoencoder(tmp_path / "ae", "1.5", size=8)
+    flags = f"--eval_only --init {tmp_path}/ae --data {pictures[0]} --eval_channels 8 --inception random"
+    row, = stage1(f"{flags} --image_size 8 --eval_num 1")[8]
+    assert set(row) == {"c_prime", "psnr", "psnr_n", "n"}
+    assert "left out" in capsys.readouterr().out
+
+
+def test_knn_of_latents_by_hand(tmp_path, pictures, features):
+    """Ten nearest others by cosine of the averaged latent, votes weighted by exp(cosine / 0.07)."""
+    g = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(40, 6, generator=g), torch.arange(40) % 3
+    right = 0
+    for i in range(40):
+        cosine = F.cosine_similarity(features[i], features)
+        near = [j for j in cosine.argsort(descending=True).tolist() if j != i][:10]
+        votes = [sum(math.exp(cosine[j] / 0.07) for j in near if labels[j] == k) for k in range(3)]
+        right += votes.index(max(votes)) == labels[i]
+    assert train_ae.knn_accuracy(features, labels) == pytest.approx(right / 40)
+    ae = write_autoencoder(tmp_path / "ae", "1.5", size=32)
+    rows = stage1(f"--eval_only --init {ae} --data {pictures[0]} --out {tmp_path}/e --eval_channels 2,8")[32]
+    pixels = to_float(read_pictures(pictures[0]))
+    with torch.no_grad():
+        z = DCAE.from_pretrained(ae).encode(pixels).mean((2, 3))
+    y = torch.tensor([label for _, label in open_images(pictures[0], 32)])
+    for row in rows:
+        assert row["knn"] == pytest.approx(train_ae.knn_accuracy(z[:, :row["c_prime"]], y))
 
 
 def test_ranks_share_the_evaluation(tmp_path, pictures, features):
@@ -1601,7 +1811,7 @@ def test_training_and_evaluation_never_show_the_same_toy_picture(tmp_path, wild_
     trained, shown = [], []
     with after_forward(ae_file.Encoder, lambda img, _: (trained if torch.is_grad_enabled() else shown).append(img)):
         stage1(f"{AE} --eval_every 1 --eval_num 8 --steps 1 --out {tmp_path}/a")
-        assert torch.equal(shown[0][:4].contiguous(), toy_pictures(range(4), train=False))
+        assert torch.equal(shown[1][:4].contiguous(), toy_pictures(range(4), train=False))  # [0]: before saving
         order = np.random.default_rng((0, 0)).permutation(1_000_000)[:4]
         assert torch.equal(trained[0].contiguous(), toy_pictures(order, train=True))
         shown.clear()
@@ -1625,7 +1835,7 @@ def test_weights_that_cannot_be_had(tmp_path, toy_ae, monkeypatch, capsys):
         LPIPS("vgg")
     assert all(w in str(e.value.code) for w in ("vgg16-397923af.pth", "https://download.pytorch.org", "--lpips 0"))
     row, = stage1(f"--eval_only --init {toy_ae} --eval_num 2 --eval_channels 8 --out {tmp_path}/e")[16]
-    assert set(row) == {"c_prime", "psnr", "ssim", "n"}
+    assert set(row) == {"c_prime", "psnr", "psnr_n", "ssim", "n"}
     text = capsys.readouterr().out
     assert "lpips left out" in text and "alexnet-owt-7be5be79.pth" in text and "rfid left out" in text
 
