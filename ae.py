@@ -44,7 +44,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 class InputError(SystemExit, ValueError):
-    """Bad input, in one line. As SystemExit it ends a script with that line; as ValueError one catches it."""
+    """Bad input, in one line of less than 200 characters: in its middle a longer one is cut. As SystemExit it
+    ends a script with that line; as ValueError one catches it."""
+
+    def __init__(self, message):
+        line = " ".join(str(message).split())
+        super().__init__(line if len(line) < 200 else f"{line[:100]} ... {line[-90:]}")
 
 
 class Flags(argparse.ArgumentParser):
@@ -774,9 +779,10 @@ def verified(file):
         return all(member.compress_type == zipfile.ZIP_STORED for member in z.infolist())
 
 
-def write_checkpoint(content, file):
+def write_checkpoint(content, file, keep=None):
     """torch.save, safely: to a temporary file, whose last bytes are a digest of all bytes before; flushed to
-    the disk, then renamed. A kill at any moment leaves the old file or the new one."""
+    the disk, then renamed. A kill at any moment leaves the old file or the new one. keep: the name that the
+    old one gets."""
     part = f"{file}.tmp"
     torch.save(content, part)
     with zipfile.ZipFile(part, "a") as z:
@@ -786,6 +792,8 @@ def write_checkpoint(content, file):
         f.seek(-len(end), os.SEEK_END)
         f.write(end)
         os.fsync(f.fileno())
+    if keep and os.path.exists(file):
+        os.replace(file, keep)
     os.replace(part, file)
 
 

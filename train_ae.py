@@ -384,8 +384,8 @@ class Evaluation:
         self.numbers = evenly_spaced(self.data, num)
 
     def add_networks(self):
-        """LPIPS (AlexNet, as the published evaluation) and rFID's network; what cannot be had is named and
-        left out."""
+        """LPIPS (AlexNet, as the published evaluation) and rFID's network; what cannot be downloaded is named
+        and left out."""
         try:
             lpips = LPIPS("alex").to(self.ranks.device)
             self.scores["lpips"] = lambda img, rec: lpips(img, rec.clamp(-1, 1))
@@ -394,6 +394,8 @@ class Evaluation:
         try:
             self.extractor = fid.load_extractor(self.args.inception, self.args.features, self.ranks.device)
         except InputError as e:
+            if self.args.features or self.args.inception != "default":
+                raise                                           # a file that was asked for
             self.ranks.print0(f"rfid left out: {e}")
 
     def fitting(self):
@@ -827,7 +829,7 @@ def check_flags(args):
 def training_channels(args, c, ranks, known=None):
     """The list that c' is drawn from: --channels, else the checkpoint's, the toy preset's short one, or the
     paper's."""
-    if args.channels:
+    if args.channels is not None:
         channels = parse_channels(args.channels, c)
     elif known:
         channels = known
@@ -1140,7 +1142,7 @@ class Run:
         for name, value in must_match.items():
             if ckpt.get(name) != value:
                 raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; "
-                                 "use the same flags or another --out"[:199])
+                                 "use the same flags or another --out")
         self.saved = ckpt["step"]
         self.trim_logs(self.saved)
         if self.ranks.size > 1:
@@ -1207,7 +1209,8 @@ class Run:
         if not self.ranks.any(not finite or guard.in_a_row > 0):
             return True
         if self.stop or done == self.args.steps:
-            raise InputError(f"step {done} was not saved, its weights or loss are not finite: {self.where()}")
+            raise InputError(f"step {done} was not saved: its loss or weights are not finite (lower --lr, or "
+                             f"--dtype fp32); {self.where()}")
         return False
 
     def save(self, state):
@@ -1268,7 +1271,7 @@ class Run:
         self.stop = self.ranks.any(self.signalled)
         if guard.worst >= 10:
             raise InputError(f"10 steps in a row had a non-finite loss (lower --lr, or --dtype fp32); "
-                             f"{self.where()}"[:199])
+                             f"{self.where()}")
 
     def averages(self):
         names = sorted(self.sums)

@@ -267,7 +267,7 @@ def open_cache(folder, manifest, ranks):
             have = json.load(f)
         if wrong := [name for name in manifest if have.get(name) != manifest[name]]:
             raise InputError(f"--cache {folder}: made with another {', '.join(wrong)}; "
-                             "remove the folder or name another --cache"[:199])
+                             "remove the folder or name another --cache")
     elif ranks.is_main:
         n = manifest["count"]
         arrays = {"latents": (np.float16, (2, n, *manifest["shape"])),
@@ -417,7 +417,7 @@ def parse(argv=None):
 
     def recipe(args):
         if args.model not in MODELS:
-            raise InputError(f"--model {args.model}: unknown; one of {', '.join(MODELS)}"[:199])
+            raise InputError(f"--model {args.model}: unknown; one of {', '.join(MODELS)}")
         return RECIPES[args.model.split("-")[0]]
     args = parse_flags(p, recipe, TOY, argv)
     side = (1, 2**16)
