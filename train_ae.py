@@ -1091,7 +1091,7 @@ class Run:
     def __init__(self, args, ranks):
         self.args, self.ranks = args, ranks
         self.signalled = self.stop = self.waits = False
-        self.lock = self.saved = None                           # saved: the step that ckpt.pt holds
+        self.lock = self.bar = self.saved = None                # saved: the step that ckpt.pt holds
         self.sums, self.wait = {}, 0.0                          # since the last log line
         if ranks.is_main and not args.bench:
             self.lock = lock(make_folder(args.out))
@@ -1101,6 +1101,8 @@ class Run:
     def on_signal(self, number, frame):
         if self.signalled or self.args.bench:
             raise KeyboardInterrupt
+        if self.bar is None:                                    # nothing is lost before the first step
+            raise InputError(f"stopped by a signal; {self.where()}")
         self.signalled = True
         self.stop = self.ranks.size == 1                        # several ranks agree in log()
         signal.signal(signal.SIGALRM, self.on_alarm)
@@ -1123,8 +1125,12 @@ class Run:
             self.waits = False
 
     def where(self):
-        held = f"holds step {self.saved}" if self.saved is not None else "was not yet written"
-        return f"{self.args.out}/ckpt.pt {held}; the same command goes on"
+        path, held = f"{self.args.out}/ckpt.pt", "was not yet written"
+        if self.saved is not None:
+            held = f"holds step {self.saved}"
+        elif os.path.exists(path):
+            held = "is as it was"
+        return f"{path} {held}; the same command goes on"
 
     def resume(self, kind, **must_match):
         """The last checkpoint in --out, or None; `must_match` are entries that it must agree with, by flag.

@@ -1047,6 +1047,23 @@ def test_a_signal_ends_a_run_that_waits_for_its_data(tmp_path, workers):
     assert code == 1 and "stopped by a signal while waiting" in text and "holds step 2" in text, text[-2000:]
 
 
+def encode_slowly():
+    encode = ae_file.DCAE.encode
+    ae_file.DCAE.encode = lambda self, img: time.sleep(0.2) or encode(self, img)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_caching_at_once(tmp_path, toy_ae, number):
+    flags = f"--ae {toy_ae} --model SiT-T {SMALL} --max_images 2000 --batch_size 4 --channels 8 --steps 1"
+    job = Job(tmp_path, "train_diffusion.py", f"{flags} --cache {tmp_path}/c --out {tmp_path}/a", patch=encode_slowly)
+    while not (tmp_path / "c" / "manifest.json").exists() and job.running():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    job.signal(number)
+    code, text = job.end(timeout=30)
+    assert code == 1 and "stopped by a signal" in text and "Traceback" not in text, text[-2000:]
+
+
 def test_nobody_reads_what_a_run_prints(tmp_path):
     """A closed pipe (| head -1) leaves the run alone; a full one keeps no signal from it."""
     for name in ("closed", "full"):
