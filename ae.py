@@ -18,20 +18,21 @@ Sources: [paper] arXiv 2508.00413, [DC-Gen file] the authors' code @cae2205, [ou
 """
 import argparse
 import atexit
-import fcntl
+import errno
 import hashlib
+import io
 import json
 import math
 import os
-import pickle
 import queue
 import re
-import struct
 import sys
 import threading
 import time
+import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+
+try:
+    import fcntl
+except ImportError:                                                     # Windows: lock() does nothing
+    fcntl = None
 
 
 class InputError(SystemExit, ValueError):
@@ -48,7 +54,8 @@ class InputError(SystemExit, ValueError):
     ends a script with that line; as ValueError one catches it."""
 
     def __init__(self, message):
-        line = " ".join(str(message).split())
+        message = str(message).split("\nae.InputError: ")[-1]           # below a loader process's traceback
+        line = " ".join(message.split())
         super().__init__(line if len(line) < 200 else f"{line[:100]} ... {line[-90:]}")
 
 
@@ -69,6 +76,18 @@ def check_numbers(args, **limits):
                 raise InputError(f"--{flag} {number}: must lie in {low:g} .. {high:g}")
 
 
+def check_device(device):
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError):                              # what torch raises
+        raise InputError(f"--device {device}: not on this machine; cpu always is") from None
+
+
+def whole(*numbers):
+    """True where all are whole numbers, of 0 .. 65536: in files of strangers they may be anything."""
+    return all(type(n) is int and 0 <= n <= 65536 for n in numbers)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
 
@@ -82,11 +101,11 @@ PUBLISHED = {
 
 @dataclass
 class AEConfig:
-    """None: as in the published models. InputError where no such network can be built."""
+    """Widths and depths left None are the published ones. InputError where no such network can be built."""
     f: int = 32                     # spatial compression, 2^k >= 4: k + 1 stages, of which stage 0 is empty
     c: int = 128                    # latent channels
     version: str = "1.5"            # "1.5" ResBlocks; "1.0" EfficientViT from stage 3 on, latent shortcuts
-    width: int = 128                # channels of stage 0, which scale every stage; 128 is the published size
+    width: int = 128                # channels of stage 0, of which the others are multiples; 128: published
     shortcuts: bool = True          # without parameters, over space and channels; False: DC-AE's ablation
     encoder_widths: tuple = None    # channels of each stage
     encoder_depths: tuple = None    # blocks of each stage
@@ -94,11 +113,11 @@ class AEConfig:
     decoder_depths: tuple = None
 
     def __post_init__(self):
-        if self.f < 4 or self.f & (self.f - 1):
-            raise InputError(f"--f {self.f}: the spatial compression must be a power of two, 4 or more")
-        if self.c < 1:
-            raise InputError(f"--c {self.c}: at least one latent channel is needed")
-        if self.version not in PUBLISHED:
+        if not whole(self.f, self.c, self.width) or self.c < 1:
+            raise InputError(f"--f {self.f}, --c {self.c}, --width {self.width}: whole numbers in 1 .. 65536")
+        if not 4 <= self.f <= 4096 or self.f & (self.f - 1):
+            raise InputError(f"--f {self.f}: the spatial compression must be a power of two in 4 .. 4096")
+        if self.version not in list(PUBLISHED):
             raise InputError(f"--version {self.version}: the versions are 1.0 and 1.5")
         self.fill()
         self.check("encoder", self.encoder_widths, self.encoder_depths)
@@ -116,10 +135,10 @@ class AEConfig:
     def check(self, side, widths, depths):
         n = self.f.bit_length()
         given = f"--width {self.width}: {side} widths {widths}"
-        if len(widths) != n or len(depths) != n:
-            raise InputError(f"{side} widths {widths}, depths {depths}: f={self.f} needs {n} of each")
-        if depths[0] != 0 or min(depths[1:]) < 1:
-            raise InputError(f"{side} depths {depths}: depth 0 first (the empty stage), then >= 1")
+        if [len(widths), len(depths)] != [n, n] or not whole(*widths, *depths):
+            raise InputError(f"{given}, depths {depths}: f={self.f} needs {n} whole numbers for each")
+        if depths[0] != 0 or min(depths[1:]) < 1 or sum(depths) > 1000:
+            raise InputError(f"{side} depths {depths}: depth 0 first (empty), then >= 1, in all <= 1000")
         if min(widths) < 4 or any(w % 4 for w in widths[1:]):
             raise InputError(f"{given} must be multiples of 4")
         if self.version == "1.0" and any(w % 32 for w in widths[3:]):
@@ -144,7 +163,8 @@ def channel_mask(c, c_prime, device=None):
 
 
 def parse_channels(text, c):
-    """"16:128:4" (both ends count), "16,32,64" or "64" -> sorted list; None -> 16, 20, ..., c [paper].
+    """"16:128:4" (from 16 in steps of 4, none above 128), "16,32,64" or "64" -> sorted list; None -> 16, 20,
+    ..., c [paper], where c itself always counts.
     A number given twice stays twice: c' is drawn uniformly, so "16,32,64,64" takes 64 half of the time."""
     if text is None:
         return [*range(16, c, 4), c]
@@ -161,7 +181,8 @@ def parse_channels(text, c):
 
 
 def doubling(c, smallest):
-    """smallest, 2 smallest, 4 smallest, ..., c. Where smallest is c (no masks), from 16 or c / 8 on."""
+    """smallest, 2 smallest, 4 smallest, ..., c. Where smallest is c (no masks), from c / 8 on, or from 16
+    where that is less."""
     k = smallest if smallest < c else min(16, max(1, c // 8))
     channels = []
     while k < c:
@@ -381,19 +402,21 @@ class DCAE(nn.Module):
         return [stage for stage in (*self.encoder.stages, *self.decoder.stages) if len(stage)]
 
     @classmethod
-    def from_pretrained(cls, x):
+    def from_pretrained(cls, x, download=True):
         """In eval mode. x: our checkpoint or run folder; a published name, folder or file (the configuration
-        is read off the tensors); a diffusers AutoencoderDC folder."""
-        file, content = open_weights(x, FILES, HUB)
-        read = read_ours if "kind" in content else read_published
-        config, tensors, scale, info = read(content, file)
-        with torch.device("meta"):
-            ae = cls(config)
+        is read off the tensors); a diffusers AutoencoderDC folder. download: a name may go to the hub."""
+        file, content = open_weights(x, FILES, HUB, download)
         try:
+            ours = "kind" in content
+            config, tensors, scale, info = read_ours(content) if ours else read_published(content, file)
+            with torch.device("meta"):
+                ae = cls(config)
             ae.load_state_dict({name: own_copy(t) for name, t in tensors.items()}, assign=True)
-        except RuntimeError as e:
-            raise InputError(f"{file}: not a DC-AE 1.0 or 1.5: {' '.join(str(e).split())[:90]}") from None
-        ae.scale = float(scale)
+            ae.scale = float(scale)
+            if not 0 < ae.scale < math.inf:
+                raise ValueError(f"scale {scale}")
+        except Exception as e:
+            raise InputError(f"{file}: not a whole DC-AE 1.0 or 1.5, name another: {e}") from e
         ae.info = info
         return ae.eval()
 
@@ -412,15 +435,39 @@ class DCAE(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Images: folders and files
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what PIL raises
+Image.preinit()                                                         # the common formats, tried first,
+Image.init()                                                            # and all others; EPS runs Ghostscript
+FORMATS = [kind for kind in Image.ID if kind not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")]
+SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
+warnings.filterwarnings("ignore", module="PIL")                         # of sizes and of odd metadata
+WAITS = (0.1, 0.4, 1.5, 3, 5)                                           # seconds, between tries to read
+IN_A_ROW = 10                                                           # broken images that are replaced
+
+
+class Unreadable(Exception):
+    """A file that does not decode as an image, and why."""
+
+
+def patiently(call, path):
+    """call(path). Errors of the system, like those of a network folder that went away, are waited for, about
+    10 s in all, then an InputError. Other errors pass."""
+    for wait in (*WAITS, None):
+        try:
+            return call(path)
+        except OSError as e:
+            if e.errno in (None, errno.EINVAL):                         # a library's, of what the file holds
+                raise
+            if wait is None:
+                raise InputError(f"{e.filename or path}: {e.strerror}, for {sum(WAITS):.0f} s now; start "
+                                 "again when it can be read") from None
+        time.sleep(wait)
 
 
 def open_images(path, size, train=False, seed=0):
     """A folder, or "toy" -> Dataset of (img (3, size, size), int label), with .num_classes, .classes.
     train: random crops and mirrors, drawn from `seed`. InputError: no folder, or no readable image in it."""
-    if size < 1:
-        raise InputError(f"--image_size {size}: must be positive")
+    if not 1 <= size <= 2**13:
+        raise InputError(f"--image_size {size}: must lie in 1 .. {2**13}")
     if str(path) == "toy":
         return ToyImages(size, train)
     if not os.path.isdir(path):
@@ -448,22 +495,21 @@ class ImageFolder(Images):
     """Class folders (labels follow the sorted names) or a flat folder (num_classes 0, label 0)."""
 
     def __init__(self, path, size, train, seed):
+        self.path = path
         self.size = size
         self.train = train
         self.seed = seed
-        self.at_least = 2 * size if train else None                     # all that a train crop needs
-        found = list_images(path)
+        found, others = patiently(walk, path)
         self.classes = sorted({folder for _, folder in found} - {"."})
         self.num_classes = len(self.classes)
-        if self.classes:
-            number = {name: i for i, name in enumerate(self.classes)}
-            labelled = [(file, number[folder]) for file, folder in found if folder in number]
-        else:
-            labelled = [(file, 0) for file, _ in found]
-        if len(labelled) < len(found):
-            print(f"{path}: {len(found) - len(labelled)} images beside the class folders are left out")
+        number = {name: i for i, name in enumerate(self.classes or ["."])}
+        labelled = [(file, number[folder]) for file, folder in found if folder in number]
         if not labelled:
-            raise InputError(f"--data {path}: no images in there ({' '.join(sorted(SUFFIXES))})")
+            raise InputError(f"--data {path}: no images in there (.jpg, .png, .webp, what else pillow reads)")
+        others["images beside class folders"] = len(found) - len(labelled)
+        left_out = ", ".join(f"{n} {what}" for what, n in others.most_common(6) if n) or "nothing"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{path}: {len(labelled)} images, {self.num_classes} classes; left out: {left_out}")
         self.files, self.labels = zip(*labelled)
         self.bad = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()   # between loader processes
         self.read(0)
@@ -484,52 +530,129 @@ class ImageFolder(Images):
         return torch.stack(imgs), torch.tensor(labels)
 
     def read(self, i):
-        """The image at i and its label; where that is unreadable, those of the next readable index."""
+        """The image at i and its label; where that does not decode, those of the next index that does.
+        InputError where more than IN_A_ROW do not: something larger than a file is broken."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        for k in range(len(self)):
+        for k in range(min(len(self), IN_A_ROW + 1)):
             j = (i + k) % len(self)
             if self.bad[j]:
                 continue
             try:
-                return read_image(self.files[j], self.at_least), self.labels[j]
-            except UNREADABLE as e:
+                image = read_image(self.files[j], 2 * self.size, only_large=not self.train)
+                return image, self.labels[j]
+            except Unreadable as e:
                 self.bad[j] = True                                      # so that it is named once
                 text = f"{self.files[j]}: unreadable, replaced by the next image ({str(e)[:60]})"
                 print(text, file=sys.stderr)
-        raise InputError(f"--data {Path(self.files[0]).parent}: none of the {len(self)} images can be read")
+        raise InputError(f"--data {self.path}: {k + 1} images in a row cannot be read, from "
+                         f"{os.path.basename(self.files[i])} on; repair or remove them")
 
 
 def list_images(path):
-    """(file, class folder or "." at the top) in sorted order. Links are followed, hidden names skipped."""
-    found = []
-    for root, folders, names in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        folder = os.path.relpath(root, path).split(os.sep)[0]
-        for name in sorted(names):
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
-                found.append((os.path.join(root, name), folder))
-    return found
+    """[(file, class folder or "." at the top)] in sorted order, of all that pillow reads. Hidden names are
+    skipped. Links are followed, but within a class no folder is entered twice, so that loops end."""
+    return patiently(walk, path)[0]
 
 
-def read_image(path, at_least=None):
-    """Any file -> PIL RGB, turned by its EXIF, transparency over white. Raises UNREADABLE.
-    at_least: a JPEG may be decoded smaller, which is faster; both sides stay >= that."""
-    image = Image.open(path)
-    if at_least:
+def walk(path):
+    """-> what list_images gives, and a Counter of other files by suffix. OSError: a folder does not open."""
+    def stop(error):
+        raise error
+
+    found, others, entered = [], Counter(), set()
+    for root, folders, names in os.walk(path, onerror=stop, followlinks=True):
+        label = os.path.relpath(root, path).split(os.sep)[0]
+        place = os.path.realpath(root)
+        again = {(label, place), (".", place)} & entered
+        entered.add((label, place))
+        folders[:] = sorted(name for name in folders if name[0] != "." and not again)
+        for name in sorted(name for name in names if name[0] != "." and not again):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
+                found.append((os.path.join(root, name), label))
+            else:
+                others[suffix or "without suffix"] += 1
+    return found, others
+
+
+def read_image(path, at_least=None, only_large=False):
+    """Any file -> PIL RGB in sRGB, turned by its EXIF, transparency over white. Unreadable: what does not
+    decode. InputError: what the system cannot read. at_least: a JPEG may be decoded smaller, which is faster;
+    both sides stay >= that. only_large: only where it has more pixels than pillow allows (178,956,970)."""
+    data = patiently(Path.read_bytes, Path(path))
+    try:
+        return decode(data, at_least, only_large)
+    except Exception as e:                                              # pillow raises nearly all there are
+        raise Unreadable(f"{type(e).__name__}: {e}".split(" <")[0]) from None
+
+
+def decode(data, at_least, only_large):
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None        # pillow would refuse before draft
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    limit = 2 * (limit or math.inf)                                     # where pillow refuses
+    if at_least and (not only_large or image.width * image.height > limit):
         image.draft(None, (at_least, at_least))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                      # 16-bit greyscale: 0..65535 -> 0..255
-        deep = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((deep / 257).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {limit}")
+    profile = image.info.get("icc_profile")
+    grey16 = ";" in image.mode or image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.format == "PNG" and "transparency" in image.info:
+        image.info["transparency"] = eight_bits(image.info["transparency"], image.tile[0][3])
+    image.load()
+    with suppress(Exception):                                           # broken EXIF data counts as none
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        image = scale_grey(image, [65535] if grey16 else [1, 255, 65535])
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = to_srgb(image, profile)
+    if alpha:
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return as_mode(image, "RGB")
+
+
+def as_mode(image, mode):
+    return image if image.mode == mode else image.convert(mode)
+
+
+def eight_bits(transparent, raw):
+    """A PNG's transparent value, of pixels stored as `raw` -> of the 8-bit pixels that pillow makes of it."""
+    if raw == "RGB;16B":
+        return tuple(k >> 8 for k in transparent)
+    return transparent * {"L;2": 85, "L;4": 17}.get(raw, 1)
+
+
+def scale_grey(image, whites):
+    """-> 8 bits. White is the first of `whites` that holds the largest value, and any transparent value."""
+    x = np.asarray(image).astype(np.float64)
+    white = next((k for k in whites if 0 <= x.min() and x.max() <= k), None)
+    if white is None:
+        raise ValueError("values that are no number, below 0, or above 65535")
+    y = (x / (white / 255)).round()
+    y[x == image.info.get("transparency")] = 255
+    return Image.fromarray(y.astype(np.uint8))
+
+
+def to_srgb(image, profile):
+    """By its ICC profile -> RGB. Where that is broken, or for other kinds of pictures, as pillow converts."""
+    image = as_mode(image, {"LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+    if profile:
+        with suppress(Exception):
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
+    return as_mode(image, "RGB")
 
 
 def center_crop(image, size):
-    """ADM's centre crop: halve by box while >= 2x, bicubic to the short side, cut the middle."""
+    """ADM's centre crop: halve by box while >= 2x, bicubic to the short side, cut the middle. [ours] Strips
+    of more than 10 squares lose their ends before (which may move the middle, by less than a pixel)."""
+    x, y = (max(0, side - 10 * min(image.size)) // 2 for side in image.size)
+    if x + y:
+        image = ImageOps.crop(image, (x, y))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     k = size / min(image.size)
@@ -569,7 +692,7 @@ def save_grid(pixels, path, ncol, titles=None, rows=None):
     left = 8 + 6 * max(map(len, rows)) if rows else 0                   # room for captions
     top = 14 if titles else 0
     sheet = Image.new("RGB", (left + ncol * step_x, top + math.ceil(len(pixels) / ncol) * step_y), "white")
-    draw = ImageDraw.Draw(sheet)
+    pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(10)
     for i, tile in enumerate(pixels):
         x = left + i % ncol * step_x
@@ -577,9 +700,9 @@ def save_grid(pixels, path, ncol, titles=None, rows=None):
         image = Image.fromarray(np.asarray(tile))
         sheet.paste(image.resize((zoom * image.width, zoom * image.height), Image.NEAREST), (x, y))
         if rows and i % ncol == 0:
-            draw.text((2, y + zoom * H // 2 - 6), rows[i // ncol], "black", font)
+            pen.text((2, y + zoom * H // 2 - 6), rows[i // ncol], "black", font)
         if titles and i < ncol:
-            draw.text((x + 2, 1), titles[i], "black", font)
+            pen.text((x + 2, 1), titles[i], "black", font)
     sheet.save(path)
 
 
@@ -694,57 +817,62 @@ class ToyImages(Images):
 # Weight files: the only finder and readers of this repository
 
 FILES = ("ckpt.pt", "ckpt_prev.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
-         "model.safetensors", "pytorch_model.bin", "model.pt")          # what a folder is searched for
+         "model.safetensors", "pytorch_model.bin", "model.pt", "*.index*.json", "*.safetensors")
 HUB = (r"(mit-han-lab|dc-ai)/dc-ae-[\w.-]+", "dc-ai/dc-ae-f64c128-1.5")        # published names, and one
-BROKEN = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error,
-          zipfile.BadZipFile, pickle.UnpicklingError)                   # what zipfile and torch.load raise
-DIGEST = b"sha256 "                                                     # marks the comment of a checkpoint's zip
+NOT_YOURS = "{0}: named by a checkpoint, not by you; to download it, pass --ae {0} yourself"
+DIGEST = b"sha256 "                                                     # marks a checkpoint's zip comment
 
 
-def find_weights(x, names, hub):
-    """x: a file, a folder, or a published name -> Path of the file.
-    names: what a folder is searched for, in order, * allowed. hub: like HUB, what is downloaded."""
+def find_weights(x, names, hub, download=True):
+    """x: a file, a folder, or a published name -> Path of the file. names: what a folder is searched for, in
+    order, * allowed. hub: like HUB. download=False: no network, the name came out of a stranger's file."""
     path = Path(x)
     pattern, example = hub
-    if not path.exists() and re.fullmatch(pattern, str(x)):
-        path = download(str(x))
-    if path.is_dir():
+    if not os.path.exists(path) and re.fullmatch(pattern, str(x)):
+        path = fetch(str(x), download)
+    if os.path.isdir(path):
         found = [file for name in names for file in sorted(path.glob(name))]
         if not found:
             raise InputError(f"{x}: no {names[0]}, {names[1]} or the like in this folder")
         return found[0]
-    if not path.exists():
+    if not os.path.isfile(path):
         raise InputError(f"{x}: no such checkpoint (a file, a folder, or a published name like {example})")
     return path
 
 
-def download(name):
+def fetch(name, download):
     """A name on the Hugging Face hub -> the folder below torch.hub's that holds its files, fetched once."""
     folder = Path(torch.hub.get_dir(), "checkpoints", name.replace("/", "--"))
-    folder.mkdir(parents=True, exist_ok=True)
     files = ["model.safetensors"]
     if name.endswith("-diffusers"):
         files = ["diffusion_pytorch_model.safetensors", "config.json"]
     for file in files:
         if (folder / file).exists():
             continue
+        if not download:
+            raise InputError(NOT_YOURS.format(name))
+        folder.mkdir(parents=True, exist_ok=True)
         url = f"https://huggingface.co/{name}/resolve/main/{file}"
         print(f"downloading {url}")
         try:
             torch.hub.download_url_to_file(url, str(folder / file), progress=sys.stderr.isatty())
-        except OSError:                                                 # urllib's errors are OSErrors
+        except Exception:                                               # of urllib, http, or the disk
             raise InputError(f"no download: fetch {url} into {folder}") from None
     return folder
 
 
-def open_weights(x, names, hub):
+class Damaged(InputError):
+    """A file of weights that was read, but holds something else."""
+
+
+def open_weights(x, names, hub, download=True):
     """(file, its content) of what find_weights finds. Where a run's ckpt.pt is damaged, those of the
     ckpt_prev.pt beside it, with a line that says so."""
-    file = find_weights(x, names, hub)
+    file = find_weights(x, names, hub, download)
     before = file.with_name("ckpt_prev.pt")
     try:
         return file, read_weights(file)
-    except InputError as e:
+    except Damaged as e:
         if file.name != "ckpt.pt" or not before.exists():
             raise
         content = read_weights(before)
@@ -753,18 +881,50 @@ def open_weights(x, names, hub):
 
 
 def read_weights(file):
-    """Path -> dict of tensors and plain values. Memory-mapped: what is not used, costs nothing."""
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)
+    """Path -> dict of tensors and plain values; of an index.json those of all its files. Memory-mapped: what
+    is not used, costs nothing. Damaged: truncated, some bits flipped, or no weights at all."""
+    if re.search(r"-\d{5}-of-\d{5}\.", file.name):
+        raise InputError(f"{file}: one of several files; name their folder, or the index.json in it")
     try:
-        plain_zip = zipfile.is_zipfile(file) and verified(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):    # in DiT's and SiT's files
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=plain_zip)
-    except BROKEN as e:
-        raise InputError(f"{file}: damaged, or not a file of plain tensors ({type(e).__name__})") from None
+        if file.suffix != ".json":
+            content = patiently(load_file, file)
+        else:
+            content = {}
+            for name in sorted(set(read_json(file)["weight_map"].values())):
+                content |= patiently(load_file, file.with_name(name))
+    except InputError:
+        raise
+    except Exception as e:
+        reason = type(e).__name__
+        raise Damaged(f"{file}: truncated, damaged, or not a file of plain tensors ({reason})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file}: holds a {type(content).__name__}, a checkpoint (dict) is needed")
+        raise Damaged(f"{file}: holds a {type(content).__name__}, a checkpoint (dict) is needed")
     return content
+
+
+def load_file(file):
+    if file.suffix == ".safetensors":
+        return import_safetensors().torch.load_file(file)
+    plain_zip = zipfile.is_zipfile(file) and verified(file)
+    with torch.serialization.safe_globals([argparse.Namespace]):        # in DiT's and SiT's files
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=plain_zip)
+
+
+def read_json(file):
+    """Path -> dict; empty where there is no such file."""
+    try:
+        content = json.loads(file.read_text("utf-8")) if os.path.exists(file) else {}
+        return dict(content.items())
+    except Exception as e:
+        raise InputError(f"{file}: not a JSON dict ({type(e).__name__}); get it anew, or remove it") from None
+
+
+def plain_names(tensors):
+    """Tensors by name, without what DataParallel, torch.compile or Lightning put before it. Raises where
+    there is something else, or a shape that claims more than the file holds."""
+    if any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in tensors.values()):
+        raise ValueError("a tensor that claims to be larger than the file")
+    return {re.sub(r"^((module|model|_orig_mod)\.)+|_orig_mod\.", "", name): t for name, t in tensors.items()}
 
 
 def verified(file):
@@ -824,14 +984,6 @@ def import_safetensors():
     return safetensors
 
 
-def read_safetensors(file):
-    safetensors = import_safetensors()
-    try:
-        return safetensors.torch.load_file(file)
-    except (safetensors.SafetensorError, *BROKEN):
-        raise InputError(f"{file}: truncated, or not a safetensors file") from None
-
-
 def read_checkpoint(path):
     """One of our own checkpoints (a dict with "kind"): a file, or the run folder that holds ckpt.pt."""
     file, content = open_weights(path, FILES, HUB)
@@ -871,12 +1023,10 @@ NAMES = (
     ("decoder.project_in", "decoder.project_in.conv", "decoder.conv_in"),
     ("decoder.project_out.norm", "decoder.project_out.op_list.0", "decoder.norm_out"),
     ("decoder.project_out.up.conv", "decoder.project_out.op_list.2.conv.conv", "decoder.conv_out.conv"),
-    *((f"encoder.stages.#.#.{a}", f"encoder.stages.#.op_list.#.{b}", f"encoder.down_blocks.#.#.{c}")
-      for a, b, c in BLOCK_NAMES),
-    *((f"decoder.stages.#.#.{a}", f"decoder.stages.#.op_list.#.{b}", f"decoder.up_blocks.#.#.{c}")
-      for a, b, c in BLOCK_NAMES))
+    *((f"{side}.stages.#.#.{a}", f"{side}.stages.#.op_list.#.{b}", f"{side}.{blocks}.#.#.{c}")
+      for side, blocks in (("encoder", "down_blocks"), ("decoder", "up_blocks")) for a, b, c in BLOCK_NAMES))
 OURS, OFFICIAL, DIFFUSERS = range(3)                                    # columns of both tables
-NUMBERS = r"(stages|blocks)\.(\d+)(\.op_list|)\.(\d+)"
+NUMBERS = r"(stages|blocks)\.(\d{1,4})(\.op_list|)\.(\d{1,4})"
 
 # Scaling factors of published names [DC-Gen c2icore], 1.5 in both orders that were used; others have none
 SCALES = {
@@ -887,24 +1037,27 @@ SCALES = {
 }
 
 
-def read_ours(content, file):
+def read_ours(content):
     """One of our checkpoints -> config, tensors, scale, info."""
     if content["kind"] != "ae":
-        raise InputError(f"{file}: a {content['kind']} checkpoint, an autoencoder is needed here")
+        raise InputError(f"a {content['kind']} checkpoint, an autoencoder is needed here")
     info = {key: content[key] for key in ("image_size", "step", "channels") if key in content}
-    return AEConfig(**content["config"]), content["model"], content["scale"], info
+    if not whole(info.get("image_size", 1), *info.get("channels", ())):
+        raise ValueError("its image_size or channels")
+    return AEConfig(**content["config"]), plain_names(content["model"]), content["scale"], info
 
 
 def read_published(content, file):
     """Tensors under official or diffusers' names -> config, tensors, scale, info."""
-    tensors = to_ours(content.get("state_dict", content), file)
-    settings = file.with_name("config.json")
-    text = settings.read_text() if settings.exists() else "{}"
-    scale = json.loads(text).get("scaling_factor")
+    for key in ("state_dict", "model"):
+        content = content.get(key, content)
+    tensors = to_ours(plain_names(content))
+    settings = read_json(file.with_name("config.json"))
+    scale = settings.get("scaling_factor")
     for name, published in SCALES.items():
-        if not scale and name in f"{file.absolute()} {text}":
+        if not scale and name in f"{file.absolute()} {settings}":
             scale = published
-    return read_config(tensors, file), tensors, scale or 1.0, {}
+    return read_config(tensors), tensors, scale or 1.0, {}
 
 
 def rename(name, src, dst):
@@ -918,7 +1071,7 @@ def rename(name, src, dst):
     return f"{new}.{leaf}"
 
 
-def to_ours(tensors, file):
+def to_ours(tensors):
     """Official or diffusers' tensors -> ours."""
     column = OFFICIAL
     if any("_blocks." in name for name in tensors):
@@ -930,8 +1083,7 @@ def to_ours(tensors, file):
         try:
             ours[rename(plain, column, OURS)] = t
         except (KeyError, ValueError):
-            raise InputError(f"{file}: unknown tensor {name[:60]!r}, not a DC-AE 1.0 or 1.5 "
-                             "(sana variants are not read)") from None
+            raise InputError(f"unknown tensor {name[:60]!r} (sana variants are not read)") from None
     return ours
 
 
@@ -967,17 +1119,17 @@ def to_diffusers(tensors):
     return theirs
 
 
-def read_config(tensors, file):
+def read_config(tensors):
     """AEConfig, off our tensors: every block has one norm (EfficientViT: attn.norm), as wide as its stage."""
     widths = {"encoder": {}, "decoder": {}}                             # stage -> the width of each block
     for name, t in tensors.items():
-        norm = re.fullmatch(r"(encoder|decoder)\.stages\.(\d+)\.\d+\.(attn\.)?norm\.weight", name)
+        norm = re.fullmatch(r"(encoder|decoder)\.stages\.(\d{1,4})\.\d+\.(attn\.)?norm\.weight", name)
         if norm:
             widths[norm[1]].setdefault(int(norm[2]), []).append(len(t))
     n = max(widths["encoder"], default=0)                               # stages, but for the empty one
     complete = all(sorted(stages) == [*range(1, n + 1)] for stages in widths.values())
     if n < 2 or not complete or "encoder.project_out.bias" not in tensors:
-        raise InputError(f"{file}: not a complete DC-AE 1.0 or 1.5 (sana variants are not read)")
+        raise InputError("not complete (sana variants are not read)")
     sizes = {}
     for side, stages in widths.items():
         sizes[side + "_widths"] = (stages[1][0] // 2, *(stages[i][0] for i in range(1, n + 1)))
@@ -1020,17 +1172,21 @@ class DiffusersKL(nn.Module):
 
     def __init__(self, x):
         super().__init__()
+        settings = read_json(Path(x, "config.json"))
+        widths, depth = settings.get("block_out_channels", [64]), settings.get("layers_per_block", 1)
         try:
             from diffusers import AutoencoderKL
-            self.vae = AutoencoderKL.from_pretrained(x)
-        except (ImportError, OSError, ValueError) as e:
+            if not whole(*widths, depth) or len(widths) > 12 or max(*widths, 128 * depth) > 4096:
+                raise ValueError(f"block_out_channels {widths}, layers_per_block {depth}")
+            self.vae = AutoencoderKL.from_pretrained(x, use_safetensors=True)   # the others are pickles
+            config = self.vae.config
+            self.scale = float(config.scaling_factor)
+            self.shift = float(config.shift_factor or 0)
+        except Exception as e:
             reason = " ".join(str(e).split())[:80]
             raise InputError(f"{x}: no such folder, nor a diffusers AutoencoderKL ({reason})") from None
-        config = self.vae.config
         f = 2 ** (len(config.block_out_channels) - 1)
         self.config = SimpleNamespace(f=f, c=config.latent_channels, version="kl")
-        self.scale = float(config.scaling_factor)
-        self.shift = float(config.shift_factor or 0)
         self.info = {}
 
     def encode(self, img):
@@ -1040,19 +1196,31 @@ class DiffusersKL(nn.Module):
         return self.vae.decode(z + self.shift).sample
 
 
-def open_autoencoder(x):
-    """DCAE, or a diffusers AutoencoderKL where x is the folder or hub name of one."""
+def open_autoencoder(x, download=True):
+    """DCAE, or a diffusers AutoencoderKL where x is the folder or hub name of one. download=False: no
+    network, as x is not the user's own word but came out of a file."""
+    x = str(x)
     config = Path(x, "config.json")
-    if config.exists():
-        kl = "AutoencoderKL" in config.read_text()
+    if os.path.exists(config):
+        kl = "AutoencoderKL" in str(read_json(config))
     else:                               # owner/name on a hub; neither a run of ours (in out/) nor a DC-AE
-        hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(x)) and not Path(x).parent.exists()
-        kl = hub_name and not str(x).startswith("out/") and "dc-ae" not in str(x)
-    return DiffusersKL(x).eval() if kl else DCAE.from_pretrained(x)
+        hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", x) and not Path(x).parent.exists()
+        kl = hub_name and not x.startswith("out/") and "dc-ae" not in x
+        if kl and not download:
+            raise InputError(NOT_YOURS.format(x))
+    return DiffusersKL(x).eval() if kl else DCAE.from_pretrained(x, download)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What every script needs of the system
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {path}: no folder can be made there ({e.strerror}); name another") from None
+    return path
 
 
 def lock(folder):
@@ -1060,7 +1228,8 @@ def lock(folder):
     is closed. InputError where another process has it."""
     file = open(Path(folder, ".lock"), "w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                # not inherited by loader processes
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # not inherited by loader processes
     except OSError:
         raise InputError(f"--out {folder}: another process is writing there; wait for it, or name another "
                          "--out") from None
@@ -1074,7 +1243,8 @@ class Screen:
     def __init__(self, stream):
         self.stream = stream
         self.start()
-        os.register_at_fork(after_in_child=self.start)                  # loader processes print too
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.start)              # loader processes print too
         atexit.register(self.drain)
 
     def start(self):
@@ -1128,8 +1298,8 @@ def open_pictures(paths, size, toy_size):
             pictures += [(data.classes[i], data[i][0]) for i in range(4)]
             continue
         try:
-            image = read_image(path)
-        except UNREADABLE as e:
+            image = read_image(path, size and 2 * size, only_large=True)
+        except Unreadable as e:
             raise InputError(f"{path}: cannot be read as an image: {str(e)[:80]}") from None
         if size:
             image = center_crop(image, size)
@@ -1146,7 +1316,7 @@ def grey(x):
 
 
 @torch.no_grad()
-def draw(models, pictures, channels, device, out):
+def draw_figures(models, pictures, channels, device, out):
     """A row for each picture and model, a column for each c'; PNGs in the folder out."""
     reconstructions, averages, rows = [], [], []
     for n, (name, img) in enumerate(pictures):
@@ -1172,7 +1342,7 @@ def draw(models, pictures, channels, device, out):
 
 def main(argv=None):
     p = Flags(description="Draw the paper's Figures 2, 3, 9 and 10 for given images.",
-                                usage="python ae.py IMAGE... --ckpt CKPT [--ckpt2 CKPT] --out DIR")
+              usage="python ae.py IMAGE... --ckpt CKPT [--ckpt2 CKPT] --out DIR")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files of any size, or toy")
     p.add_argument("--ckpt", required=True, help="run folder, checkpoint, published name or folder")
     p.add_argument("--ckpt2", help="a second one, drawn beside it (structured and unstructured, say)")
@@ -1181,6 +1351,12 @@ def main(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--out", required=True, help="folder for the PNGs")
     args = p.parse_args(argv)
+    check_numbers(args, image_size=(1, 2**13))
+    check_device(args.device)
+    for path in args.images:
+        if path != "toy" and not os.path.isfile(path):
+            raise InputError(f"{path}: no such image file, nor toy")
+    out = Path(make_folder(args.out))
 
     models = {"A": DCAE.from_pretrained(args.ckpt).to(args.device)}
     if args.ckpt2:
@@ -1189,12 +1365,8 @@ def main(argv=None):
     channels = [max(1, c // k) for k in (8, 4, 2, 1)]
     if args.channels:
         channels = parse_channels(args.channels, c)
-    if args.image_size is not None and args.image_size < 1:
-        raise InputError(f"--image_size {args.image_size}: must be positive")
     pictures = open_pictures(args.images, args.image_size, models["A"].info.get("image_size", 256))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    draw(models, pictures, sorted(set(channels)), args.device, out)
+    draw_figures(models, pictures, sorted(set(channels)), args.device, out)
 
 
 if __name__ == "__main__":

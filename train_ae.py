@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 import fid
 from ae import (DCAE, HUB, AEConfig, Flags, InputError, channel_mask, check_numbers, doubling,
-                evenly_spaced, lock, open_images, open_weights, parse_channels, save_grid, script, to_uint8,
-                write_checkpoint)
+                evenly_spaced, lock, make_folder, open_images, open_weights, parse_channels, save_grid,
+                script, to_uint8, write_checkpoint)
 
 PHASES = {  # defaults of the flags. lr, betas, weight decay: [community]; sizes: [paper]; GAN weight: [ours]
     1: dict(image_size=[256], lr=6.4e-5, betas=(0.9, 0.999), weight_decay=0.1, gan=0.0),
@@ -1311,14 +1311,6 @@ class Run:
         if self.ranks.is_main:
             print(json.dumps(line))
         return line
-
-
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {path}: no folder can be made there ({e.strerror}); name another") from None
-    return path
 
 
 def step_of(line):
