@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ae import InputError, channel_mask, find_weights, read_weights, splitmix64
+from ae import InputError, channel_mask, open_weights, plain_names, splitmix64
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -41,14 +41,14 @@ from ae import InputError, channel_mask, find_weights, read_weights, splitmix64
 FAMILIES = {"DiT": "ddpm", "SiT": "flow", "UViT": "vp", "USiT": "flow"}     # family -> objective
 
 # depth, hidden, heads [DC-Gen c2icore; T, which trains on a CPU: ours]
-DIT_SIZES = {
+DIT_PRESETS = {
     "T": (4, 144, 4),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
-UVIT_SIZES = {
+UVIT_PRESETS = {
     "T": (4, 192, 3),
     "S": (12, 512, 8),
     "M": (16, 768, 12),
@@ -56,15 +56,16 @@ UVIT_SIZES = {
     "H": (28, 1152, 16),
     "2B": (28, 2048, 32),
 }
-USIT_SIZES = {**UVIT_SIZES, "3B": (56, 2048, 32)}                       # 3B: also [paper Sec. 4.1]
-SIZES = {
-    "DiT": DIT_SIZES,
-    "SiT": DIT_SIZES,
-    "UViT": UVIT_SIZES,
-    "USiT": USIT_SIZES,
+USIT_PRESETS = {**UVIT_PRESETS, "3B": (56, 2048, 32)}                       # 3B: also [paper Sec. 4.1]
+PRESETS = {
+    "DiT": DIT_PRESETS,
+    "SiT": DIT_PRESETS,
+    "UViT": UVIT_PRESETS,
+    "USiT": USIT_PRESETS,
 }
-MODELS = {f"{family}-{size}": dims for family in SIZES for size, dims in SIZES[family].items()}
+MODELS = {f"{family}-{size}": dims for family in PRESETS for size, dims in PRESETS[family].items()}
 SETTINGS = ("depth", "hidden", "heads")
+DEEPEST, LARGEST = 1000, 10**11                                         # blocks, weights of a network [ours]
 
 
 def build(name, c, size, num_classes=1000, patch=1, **overrides):
@@ -72,26 +73,19 @@ def build(name, c, size, num_classes=1000, patch=1, **overrides):
 
     name: one of MODELS. size: an int, or (h, w). num_classes: 0 is unconditional. overrides: depth, hidden,
     heads; with all three of them the name may be a family's. InputError: there is no such network."""
-    family = name.split("-")[0]
-    own_size = name in FAMILIES and set(SETTINGS) <= set(overrides)
-    if name not in MODELS and not own_size:
+    known = list(MODELS)
+    if set(SETTINGS) <= set(overrides):
+        known += FAMILIES
+    if name not in known:
         raise InputError(f"unknown model '{name}' (--model): one of {' '.join(MODELS)}")
     for setting in overrides:
         if setting not in SETTINGS:
             raise InputError(f"unknown setting {setting}= for {name}: it can be {', '.join(SETTINGS)}")
+    family = name.split("-")[0]
     dims = dict(zip(SETTINGS, MODELS.get(name, ())))
     dims.update(overrides)
     grid = sides(size)
-    if min(c, *grid, patch, *dims.values()) < 1:
-        raise InputError(f"{name}: c {c}, size {size}, patch {patch}, {dims} must be positive")
-    if num_classes < 0:
-        raise InputError(f"{name}: num_classes {num_classes}: it must be positive, or 0, not negative")
-    if grid[0] % patch or grid[1] % patch:
-        raise InputError(f"{name}: a {grid[0]}x{grid[1]} latent is not divisible by --patch {patch}")
-    if dims["hidden"] % dims["heads"] or dims["hidden"] % 4:
-        raise InputError(f"{name}: hidden {dims['hidden']} must be divisible by 4 and heads {dims['heads']}")
-    if family.startswith("U") and dims["depth"] % 2:
-        raise InputError(f"{name}: depth {dims['depth']} must be even, half before and half after the middle")
+    check_dims(name, c, grid, num_classes, patch, **dims)
 
     Network = UViT if family.startswith("U") else DiT
     c_out = 2 * c if FAMILIES[family] == "ddpm" else c                  # (eps, v), or one prediction
@@ -110,8 +104,30 @@ def build(name, c, size, num_classes=1000, patch=1, **overrides):
     return net
 
 
+def check_dims(name, c, grid, num_classes, patch, depth, hidden, heads):
+    """InputError where there is no such network, before it takes memory: a stranger's file may ask for it."""
+    numbers = [("c", c), ("patch", patch), ("depth", depth), ("hidden", hidden), ("heads", heads),
+               ("num_classes", num_classes), *(("size", side) for side in grid)]
+    for setting, number in numbers:
+        fewest = 0 if setting == "num_classes" else 1
+        if type(number) is not int or not fewest <= number <= LARGEST:
+            raise InputError(f"{name}: {setting} {number!r:.20} must be a whole number in "
+                             f"{fewest} .. {LARGEST:g}")
+    if len(grid) != 2 or grid[0] % patch or grid[1] % patch:
+        latent = "x".join(map(str, grid))
+        raise InputError(f"{name}: a {latent} latent is not divisible by --patch {patch}")
+    if hidden % heads or hidden % 4:
+        raise InputError(f"{name}: hidden {hidden} must be divisible by 4 and heads {heads}")
+    if name.startswith("U") and depth % 2:
+        raise InputError(f"{name}: depth {depth} must be even, half before and half after the middle")
+    rows = 12 * depth * hidden + grid[0] * grid[1] // patch**2 + num_classes + 3 * c * patch**2
+    if depth > DEEPEST or rows * hidden > LARGEST:
+        raise InputError(f"{name}: depth {depth}, {rows * hidden:.0e} weights: the most are {DEEPEST} and "
+                         f"{LARGEST:g}; take a smaller network")
+
+
 def sides(size):
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def forward_macs(net):
@@ -471,6 +487,16 @@ def training_loss(net, z, y, c_prime=None, t=None, noise=None, reduction="mean")
 
 # ------------------------------------------------------------------------------------------------------------
 # Random numbers that depend on a key alone (seed, step, image, ...): the same on any device, rank, batch size
+#
+# All keys of this repository:
+#   training   (seed, NOISE or TIME or DROP or MIRROR, n)     n: the sample's number in the run
+#   sampling   (seed, i, j)     i: the image's; j: 0 for pure noise, then the solver's j-th fresh noise
+# Those of the images 0 .. 3 are also training's; sampling learns nothing, so that does no harm. Other draws:
+# c' and data order (train_ae.py), crops and toy pictures (ae.py), random labels (sample.parse_classes).
+# A changed number changes every resumed run and every sample.
+
+NOISE, TIME, DROP, MIRROR = range(4)        # of z_t; t; whether the label is dropped; whether to mirror
+
 
 def random_bits(rows, n, key, device):
     """(rows, n) int64. A tensor (rows,) in the key keys each row; with ints alone, rows are counted on."""
@@ -508,7 +534,8 @@ def gaussian(shape, *key, device=None, dtype=torch.float32):
 # ------------------------------------------------------------------------------------------------------------
 # Our checkpoints and published weights
 
-FILES = ("ckpt.pt", "model.safetensors", "*.safetensors", "*.pt", "*.pth")  # what a folder is searched for
+# What a folder is searched for
+FILES = ("ckpt.pt", "ckpt_prev.pt", "model.safetensors", "*.index*.json", "*.safetensors", "*.pt", "*.pth")
 HUB = (
     r"[\w.-]+/dc-ae-[\w.-]+-in-\d+px[\w.-]*",                           # published names
     "mit-han-lab/dc-ae-f32c32-in-1.0-usit-h-in-512px",                  # one of them
@@ -540,17 +567,22 @@ def from_pretrained(x, name=None, **config):
 
     Published tensors tell depth, hidden, c, patch, size and num_classes; name ("USiT" or "USiT-H") and config
     (heads=, size=) tell what they cannot. net.info: what else is known: step, scale, ae, image_size, ..."""
-    path = find_weights(x, FILES, HUB)
-    content = read_weights(path)
-    if "kind" in content:
-        settings, weights, info = read_ours(path, content, name)
-    else:
-        settings, weights, info = read_published(path, content, str(x), name, config)
-    settings.update(config)
-    with torch.device("meta"):
-        net = build(**settings)
-    check_shapes(net.state_dict(), weights, f"{path}: does not fit {settings['name']}")
-    net.to_empty(device="cpu").load_state_dict(weights)
+    path, content = open_weights(x, FILES, HUB)
+    try:
+        if "kind" in content:
+            settings, weights, info = read_ours(path, content, name)
+        else:
+            settings, weights, info = read_published(path, content, str(x), name, config)
+        settings.update(config)
+        with torch.device("meta"):
+            net = build(**settings)
+        check_shapes(net.state_dict(), weights, f"{path}: does not fit {settings['name']}")
+        net.to_empty(device="cpu").load_state_dict(weights)
+    except Exception as e:                                              # a stranger's file may hold anything
+        line = str(e)
+        if path.name not in line:
+            line = f"{path}: not a diffusion model that can be read here: {type(e).__name__}, {line}"
+        raise InputError(line) from None
     net.info = info
     return net.eval()
 
@@ -575,7 +607,11 @@ def read_ours(path, content, name):
     for k, v in content.items():
         if k not in ("config", "model", "ema", "kind") and "opt" not in k:
             info[k] = v
-    return dict(content["config"]), content.get("ema") or content["model"], info
+    for k, kind in dict(step=int, scale=float, ae=str, ae_hash=str, image_size=int, classes=list).items():
+        value = info.get(k)
+        if value is not None and (type(value) is not kind or k == "scale" and not 0 < value < math.inf):
+            raise ValueError(f"{k} is {value!r:.40}")
+    return dict(content["config"]), plain_names(content.get("ema") or content["model"]), info
 
 
 def read_published(path, content, x, name, config):
@@ -584,12 +620,12 @@ def read_published(path, content, x, name, config):
     for k in ("model", "state_dict", "ema"):                            # the last of them that is there
         if isinstance(content.get(k), dict):
             weights = content[k]
-    weights = dict(weights)
+    weights = plain_names(weights)
     if "label_emb.weight" in weights:                                   # U-ViT's own name of the same table
         weights["label_emb.embedding_table.weight"] = weights.pop("label_emb.weight")
     network = "UViT" if "patch_embed.proj.weight" in weights else "DiT"
-    for k in (*KEY_TENSORS[network], "pos_embed"):
-        if k not in weights:
+    for k, ndim in zip((*KEY_TENSORS[network], "pos_embed"), (4, 2, 2, 3)):
+        if k not in weights or weights[k].ndim != ndim:
             raise InputError(f"{path}: neither a DiT nor a class-conditional U-ViT: tensor {k} is missing")
     if network == "UViT" and any(k.startswith("final_layer") for k in weights):
         raise InputError(f"{path}: this U-ViT ends in a 3x3 convolution (final_layer); it is not supported")

@@ -13,15 +13,18 @@ Letters: B images of H x W pixels at a time, N in all; D features and K logits o
 """
 import argparse
 import hashlib
+import io
 import json
+import logging
 import math
 import os
-import pickle
 import platform
+import re
 import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -29,12 +32,14 @@ import numpy as np
 import PIL
 import torch
 import torch.distributed as dist
+import torch.export.passes
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ae import SUFFIXES, UNREADABLE, InputError, center_crop, open_images, read_image, to_uint8
+from ae import (Flags, InputError, Unreadable, center_crop, check_device, check_numbers, list_images,
+                open_images, patiently, read_image, read_weights, script, to_uint8)
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -42,9 +47,36 @@ HASH = "6726825d"                   # the file's sha256 begins so, as torch.hub 
 MIN_IMAGES = 2049                   # fewer leave the covariance of Inception's D = 2048 features singular
 METRICS = ("fid", "is", "precision", "recall", "psnr", "ssim")
 
-# What numpy and torch raise on files that are cut off or something else
-BROKEN = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
-          zipfile.BadZipFile, pickle.UnpicklingError)
+
+# ----------------------------------------------------------------------------------------------------------
+# What all parts use: ranks, sizes as text
+
+
+def ranks():
+    """(rank, number of ranks): (0, 1) without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(thing):
+    """[the thing of rank 0, of rank 1, ...], on every rank."""
+    things = [thing] * ranks()[1]
+    if len(things) > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def gather_rows(parts):
+    """A list of (B, D) tensors on each rank -> the rows of all ranks, (N, D), or None if there are none."""
+    parts = sum(gather(parts), [])
+    if not parts:
+        return None
+    return torch.cat(parts)
+
+
+def hxw(size):
+    return f"{size[0]}x{size[1]}" if size else "?x?"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -69,11 +101,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = torch.linalg.eigh(sigma1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ sigma2 @ root
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()
+    if not (distance + product.sum()).isfinite():
+        raise InputError("features are too large for numbers of 64 bits: no distance")
     values = torch.linalg.eigvalsh((product + product.T) / 2)
-    trace = values.clamp(min=0).sqrt().sum()
-
-    # |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^.5)
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace
+    distance -= 2 * values.clamp(min=0).sqrt().sum()            # |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr(...)
     return max(0.0, distance.item())
 
 
@@ -260,11 +292,15 @@ class Mixed(nn.Module):
             links = []
             for i, link in enumerate(chain, 1):
                 name = f"{branch}_{i}" if len(chain) > 1 else branch
-                fork = {name + "a": link[0], name + "b": link[1]} if isinstance(link, list) else {name: link}
-                for name, conv in fork.items():
-                    self.add_module(name, ConvBN(c, *conv))
-                c = conv[0]
-                links.append(list(fork))
+                convs = [link]
+                names = [name]
+                if isinstance(link, list):
+                    convs = link
+                    names = [name + "a", name + "b"]
+                for conv_name, (c_out, *kernel) in zip(names, convs):
+                    self.add_module(conv_name, ConvBN(c, c_out, *kernel))
+                c = c_out
+                links.append(names)
             self.chains.append(links)
         self.branch_pool = ConvBN(c_in, c_pool) if c_pool else nn.Identity()
 
@@ -340,29 +376,29 @@ class InceptionV3(nn.Module):
         return x, x @ self.fc.weight.T                          # without the bias, as the literature's score
 
 
-def resize_tf(pixels, size=299):
-    """uint8 (B, H, W, 3) -> (B, 3, size, size): TensorFlow 1's bilinear resize without antialiasing, then
+def resize_tf(pixels, side=299):
+    """uint8 (B, H, W, 3) -> (B, 3, side, side): TensorFlow 1's bilinear resize without antialiasing, then
     (x - 128) / 128, as ADM's evaluator and torch-fidelity. Its grid is the legacy one: no half-pixel shift,
     output i reads input i * (in / out)."""
     x = pixels
     for dim, shape in ((2, (-1, 1)), (1, (-1, 1, 1))):          # columns, then rows: TF's order
         n = x.shape[dim]
-        scale = torch.tensor(n / size, dtype=torch.float32)
-        at = torch.arange(size, device=x.device, dtype=torch.float32) * scale
-        low = at.long()
+        scale = torch.tensor(n / side, dtype=torch.float32)
+        place = torch.arange(side, device=x.device, dtype=torch.float32) * scale
+        low = place.long()
         high = (low + 1).clamp(max=n - 1)
-        part = (at - low).view(shape)
+        part = (place - low).view(shape)
         x_low = x.index_select(dim, low).float()
         x_high = x.index_select(dim, high).float()
         x = x_low + (x_high - x_low) * part
     return (x.permute(0, 3, 1, 2) - 128) / 128
 
 
-def resize_torch(pixels, size=299):
-    """uint8 (B, H, W, 3) -> (B, 3, size, size): torch's bilinear resize without antialiasing, half-pixel
+def resize_torch(pixels, side=299):
+    """uint8 (B, H, W, 3) -> (B, 3, side, side): torch's bilinear resize without antialiasing, half-pixel
     centres, on [0, 1], then 2x - 1, as pytorch-fid and DC-Gen."""
     x = pixels.permute(0, 3, 1, 2) / 255
-    return 2 * F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False) - 1
+    return 2 * F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False) - 1
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -378,7 +414,7 @@ def full_precision(device):
     try:
         for op in ops:
             op.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
             yield
     finally:
         for op, value in zip(ops, before):
@@ -413,12 +449,12 @@ class Exported:
 
     def __init__(self, path, device):
         self.path = path
+        logging.getLogger("torch.export").setLevel(logging.CRITICAL)            # or it prints tracebacks
         try:
-            zipfile.ZipFile(path).close()                       # torch prints a traceback of what is no zip
-            program = torch.export.load(path)
-        except BROKEN as e:
+            program = torch.export.load(plain_copy(path))
+        except Exception as e:                                  # a stranger's file may hold anything
             raise InputError(f"--features {path}: no readable file of torch.export.save "
-                             "(missing, cut off, or something else)") from e
+                             f"({type(e).__name__}: {str(e)[:60]})") from e
         names = program.graph_signature.user_inputs
         inputs = [node.meta["val"] for node in program.graph.nodes if node.name in names]
         x = inputs[0]
@@ -427,14 +463,14 @@ class Exported:
         self.nhwc = x.shape[3] == 3
         shape = [n if isinstance(n, int) else None for n in x.shape]            # None: any
         self.batch = shape[0]
-        self.size = shape[1:3] if self.nhwc else shape[2:4]
+        self.hw = shape[1:3] if self.nhwc else shape[2:4]
         if device.type != "cpu":
             program = torch.export.passes.move_to_device_pass(program, device)
         self.run = program.module()
 
     def __call__(self, pixels):
-        if any(want not in (None, got) for want, got in zip(self.size, pixels.shape[1:3])):
-            raise InputError(f"--features {self.path} takes {hxw(self.size)} images, "
+        if any(want not in (None, got) for want, got in zip(self.hw, pixels.shape[1:3])):
+            raise InputError(f"--features {self.path} takes {hxw(self.hw)} images, "
                              f"not {hxw(pixels.shape[1:])}: pass --image_size")
         n = len(pixels)
         batch = self.batch or max(1, n)
@@ -442,15 +478,67 @@ class Exported:
         x = torch.cat([pixels, copies])
         if not self.nhwc:
             x = x.permute(0, 3, 1, 2).contiguous()
-        outs = [self.run(part) for part in x.split(batch)]
-        outs = [out if isinstance(out, (tuple, list)) else [out] for out in outs]
-        if any(out.ndim != 2 for out in outs[0][:2]):
+        try:
+            outs = [self.run(part) for part in x.split(batch)]
+            outs = [out[:2] if isinstance(out, (tuple, list)) else [out] for out in outs]
+            outs = [torch.cat(parts).float() for parts in zip(*outs)]
+        except Exception as e:
+            raise InputError(f"--features {self.path} fails on {hxw(pixels.shape[1:])} images: {e}") from e
+        if any(out.ndim != 2 or len(out) != len(x) for out in outs):
             raise InputError(f"--features {self.path}: want features (B, D), logits (B, K), "
-                             f"not {tuple(outs[0][0].shape)}")
-        joined = [torch.cat(parts)[:n].float() for parts in zip(*outs)]
-        if len(joined) == 1:
-            return joined[0], None
-        return joined[0], joined[1]
+                             f"not {tuple(outs[0].shape)}")
+        features, logits = (*outs, None)[:2]
+        return features[:n], logits if logits is None else logits[:n]
+
+
+# torch.export.load unpickles parts of a file, evaluates its text and calls what it names. So it gets a copy:
+# tensors, and JSON whose texts are what they should be, by the keys beside them, else names with dots.
+OPERATOR = (
+    r"torch\.ops\.(aten|prims)\.(?!save\.|from_file\.|_?sparse)\w+\.[a-zA-Z]\w*|torch\._?sym_\w+|"
+    r"torch\.ops\.higher_order\.(cond|wrap_with_(autocast|set_grad_enabled))|math\.[a-z]\w*|_operator\.(add|"
+    r"and_|eq|floordiv|ge|getitem|gt|le|lshift|lt|mod|mul|ne|neg|or_|pos|pow|rshift|sub|truediv)")
+TEXT = {
+    "target": OPERATOR, "as_operator": OPERATOR, "name": r"\w*", "as_name": r"\w*", "as_string": r"(?s:.*)",
+    "expr_str": r"(?!.*\b(?![a-z]\d|[A-Z]|\d|[a-z]+=)\w)[\w+*/%()<>=!&|~., '-]*", "torch_version": r"[\w.+]*",
+    "type": r"builtins\.(tuple|list|dict)|[a-z]+", "context": r'null|\[[\w", ]*\]',
+    "path_name": r"(weight|tensor)_\d+",
+}
+MEMBERS = (                         # and those of older files
+    r"[^/]+/(models/model\.json|data/\w+/(model_\w+_config\.json|model\.pt|weight_\d+|tensor_\d+)|"
+    r"archive_\w+|byteorder|\.data/\w+)|version|serialized_exported_program\.json|serialized_\w+\.pt")
+
+
+def check_text(x, key=None):
+    """JSON -> the same. ValueError for text that may do anything."""
+    if isinstance(x, list):
+        return [check_text(part, key) for part in x]
+    if isinstance(x, dict):
+        if x.get("use_pickle"):
+            raise ValueError("pickled weights")
+        for name in x.keys() & {"metadata", "guards_code"}:
+            x[name] = type(x[name])()                           # text of other kinds, not needed
+        return {check_text(name): check_text(part, name) for name, part in x.items()}
+    if key in ("in_spec", "out_spec"):
+        return json.dumps(check_text(json.loads(x)))
+    if isinstance(x, str) and not re.fullmatch(TEXT.get(key, r"-?[\w.]*"), x):
+        raise ValueError(f"{key} {x}")
+    return x
+
+
+def plain_copy(path):
+    """A file of torch.export.save -> what of it may be loaded, as a file in memory. Raises for others."""
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
+        for name in old.namelist():
+            if re.fullmatch(MEMBERS, name):
+                data = old.read(name)                           # checks its sum
+                if name.endswith(".json"):
+                    data = json.dumps(check_text(json.loads(data)))
+                if name.endswith(".pt") and data:               # pickled: no more than tensors
+                    torch.load(io.BytesIO(data), weights_only=True)
+                new.writestr(name, data)
+    copy.seek(0)
+    return copy
 
 
 def load_extractor(inception="default", features=None, device="cpu", resize="tf"):
@@ -460,6 +548,11 @@ def load_extractor(inception="default", features=None, device="cpu", resize="tf"
     features: a torch.export'ed network in its place, with its own preprocessing. resize: "tf" or "torch".
     """
     device = torch.device(device)
+    if device == torch.device("cuda"):                          # exported operators want a number
+        device = torch.device("cuda", 0)
+    for flag, file in (("features", features), ("inception", inception)):
+        if file not in (None, "default", "random") and not os.path.isfile(file):
+            raise InputError(f"--{flag} {file}: no such file")
     if features:
         return Extractor(Exported(features, device), Path(features).stem, file_hash(features), "own", device)
     net = InceptionV3(resize)
@@ -467,13 +560,13 @@ def load_extractor(inception="default", features=None, device="cpu", resize="tf"
     digest = "seed-0"
     if inception != "random":
         path = fetch_weights() if inception == "default" else Path(inception)
-        load_weights(net, path)
+        load_weights(net, read_weights(path), path)
         digest = file_hash(path)
         name = "inception-2015-12-05" if digest.startswith(HASH) else f"inception weights {path.name}"
     for module in net.modules():
         if isinstance(module, ConvBN):
             module.fold()
-    # On a CPU, folding and channels-last convolutions make the network 1.6 times as fast as pytorch-fid's
+    # On a CPU, folding and channels-last convolutions save time
     net.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.contiguous_format)
     return Extractor(net, name, digest, resize, device, inception != "random")
 
@@ -493,12 +586,7 @@ def fetch_weights():
     return path
 
 
-def load_weights(net, path):
-    try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except BROKEN as e:
-        raise InputError(f"--inception {path}: no readable weight file "
-                         "(missing, cut off, or something else)") from e
+def load_weights(net, state, path):
     want = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     bad = [k for k in want if getattr(state.get(k), "shape", None) != want[k]]
     if bad:
@@ -531,14 +619,13 @@ class ImageSet(torch.utils.data.Dataset):
             self.data = open_images("toy", image_size or 32)
         elif os.path.isdir(path):
             self.kind = "folder"
-            files = Path(path).rglob("*")
-            self.data = sorted(str(p) for p in files if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            self.data = sorted(file for file, _ in list_images(path))
         else:
             self.kind = "npz"
-            self.data = npz_pixels(path)
+            self.data = self.open_npz(path)
         total = len(self.data)
         if self.kind == "toy":
-            total = num or 10_000                               # as many as one likes
+            total = min(total, num or 10_000)                   # nearly as many as one likes
         self.n = num or total
         if not 1 <= self.n <= total:
             raise InputError(f"{path}: {total} images in there" + (f", --num {num} asked for" if num else ""))
@@ -546,8 +633,23 @@ class ImageSet(torch.utils.data.Dataset):
         self.size = None
         self.size = tuple(self.read([0]).shape[1:3])            # (H, W) of the first image: all must have it
 
+    def open_npz(self, path):
+        try:
+            if not os.path.isfile(path):                        # a pipe would never end
+                raise FileNotFoundError
+            data = NpzImages(path)
+            if data.packed:
+                data = np.load(path)["arr_0"]
+        except Exception as e:                                  # a stranger's file may hold anything
+            raise InputError(f"{path}: want a folder of images, toy, or an .npz with arr_0 (uint8 NHWC) "
+                             f"or mu and sigma ({type(e).__name__}: missing, damaged, or else)") from e
+        if data.dtype != np.uint8 or len(data.shape) != 4 or data.shape[3] != 3 or 0 in data.shape[1:]:
+            raise InputError(f"{path}: arr_0 is {data.dtype} {data.shape}; want uint8 (N, H, W, 3), "
+                             "rounded and clipped to 0..255")
+        return data
+
     def is_jpeg(self):
-        return self.kind == "folder" and self.data[0].lower().endswith((".jpg", ".jpeg"))
+        return self.kind == "folder" and self.data[0].lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif"))
 
     def read(self, span):                                       # -> uint8 (B, H, W, 3)
         indices = [self.indices[i] for i in span]
@@ -563,8 +665,8 @@ class ImageSet(torch.utils.data.Dataset):
             if self.image_size:
                 picture = center_crop(picture, self.image_size)
             pixels = np.array(picture)
-        except UNREADABLE as e:
-            raise InputError(f"{name}: not a readable image ({type(e).__name__}): repair or remove it") from e
+        except Unreadable as e:
+            raise InputError(f"{name}: not a readable image ({str(e)[:40]}): repair or remove it") from e
         if self.size not in (None, pixels.shape[:2]):
             raise InputError(f"mixed sizes, {name} is {hxw(pixels.shape)}, the first {hxw(self.size)}: "
                              "pass --image_size S")
@@ -593,38 +695,44 @@ def read_batches(path, batch=64, num=None, image_size=None, workers=0):
         yield pixels
 
 
-def npz_pixels(path):
-    """The arr_0 of an .npz, uint8 (N, H, W, 3). np.savez stores it uncompressed: then it is mapped, not read;
-    50,000 images are gigabytes."""
-    try:
+class NpzImages:
+    """The arr_0 of an .npz, stored as np.savez does. Images are read when they are asked for: 50,000 are
+    gigabytes. (A memory map would do that too, and end the process where the file becomes shorter.)
+
+    packed: compressed or in Fortran order, so not to be read in this way.
+    """
+
+    def __init__(self, path):
+        npy = np.lib.format
+        self.path = path
+        self.time = os.stat(path).st_mtime_ns
         with zipfile.ZipFile(path) as z:
+            if ranks()[0] == 0 and z.testzip():
+                raise ValueError("checksum")
             member = z.getinfo("arr_0.npy")
-        if member.compress_type == zipfile.ZIP_STORED:
-            pixels = map_npy(path, member.header_offset)
-        else:
-            pixels = np.load(path)["arr_0"]
-    except BROKEN as e:
-        raise InputError(f"{path}: want a folder of images, toy, or an .npz with arr_0 (uint8 NHWC) "
-                         f"or mu and sigma ({type(e).__name__}: missing, cut off, or something else)") from e
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-        raise InputError(f"{path}: arr_0 is {pixels.dtype} {pixels.shape}; want uint8 (N, H, W, 3), "
-                         "rounded and clipped to 0..255")
-    return pixels
+            with z.open(member) as f:
+                self.start = z.fp.tell()                        # in the zip
+                version = npy.read_magic(f)
+                read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                self.shape, fortran, self.dtype = read_header(f)
+                header = f.tell()
+        if header + math.prod(self.shape) * self.dtype.itemsize != member.file_size:
+            raise ValueError("size")
+        self.start += header
+        self.packed = fortran or member.compress_type != zipfile.ZIP_STORED
 
+    def __len__(self):
+        return self.shape[0]
 
-def map_npy(path, offset):
-    """The array of the .npy that begins soon after `offset` of a file: zip's own header comes first."""
-    npy = np.lib.format
-    with open(path, "rb") as f:
-        f.seek(offset)
-        offset += f.read(1000).index(npy.MAGIC_PREFIX)
-        f.seek(offset)
-        version = npy.read_magic(f)
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = read_header(f)
-        if dtype.hasobject:
-            raise ValueError("pickled objects")
-        return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+    def __getitem__(self, i):                                   # -> uint8 (H, W, 3)
+        return patiently(partial(self.read, i), self.path)
+
+    def read(self, i, path):
+        count = math.prod(self.shape[1:])
+        pixels = np.fromfile(path, np.uint8, count, offset=self.start + i * count)
+        if len(pixels) < count or os.stat(path).st_mtime_ns != self.time:
+            raise Unreadable("the file has changed")
+        return pixels.reshape(self.shape[1:])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -646,36 +754,58 @@ class Statistics:
 
     @property
     def hash(self):
-        """Of mu and tr(sigma) in fp32: sums in float64 make it the same in any order and on any ranks."""
+        """samples_hash and reference_hash: of mu and tr(sigma) in fp32, so of what the network saw. Sums in
+        float64 make it the same in any order and on any ranks."""
         moments = torch.cat([self.mu, self.sigma.trace()[None]]).float()
         return hashlib.sha256(moments.numpy().tobytes()).hexdigest()[:16]
 
 
-def open_side(path, num=None, image_size=None):
+def open_side(path, num=None, image_size=None, least=2):
     """A folder, "toy" or an .npz with arr_0 -> (ImageSet, None); an .npz with mu and sigma -> (None,
-    Statistics); ADM's files have both. InputError for anything else."""
-    if not zipfile.is_zipfile(path):
-        return ImageSet(path, num, image_size), None
+    Statistics); ADM's files have both. InputError for anything else, and for fewer than `least` images."""
+    stored = None
+    has_images = True
+    if os.path.isfile(path) and zipfile.is_zipfile(path):
+        try:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in ("mu", "sigma", "meta") if name in file}
+                has_images = "arr_0" in file
+        except Exception as e:
+            raise InputError(f"{path}: damaged, or something else ({type(e).__name__})") from e
+        if "mu" in arrays and "sigma" in arrays:
+            stored = stored_statistics(str(path), **arrays)
+    if stored and not has_images:
+        return None, stored
+    images = ImageSet(path, num, image_size)
+    if images.n < least:
+        raise InputError(f"{path}: one image has no covariance: "
+                         "statistics need at least 2, thousands to mean much")
+    return images, stored
+
+
+def stored_statistics(path, mu, sigma, meta="{}"):
+    """Arrays of an .npz -> Statistics. InputError for what they cannot be."""
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in ("mu", "sigma", "meta") if name in file}
-            has_images = "arr_0" in file
-        meta = json.loads(str(arrays.get("meta", "{}")))
-    except BROKEN as e:
-        raise InputError(f"{path}: cannot be read ({type(e).__name__}: cut off, or something else)") from e
-    if "mu" not in arrays or "sigma" not in arrays:
-        return ImageSet(path, num, image_size), None
-    mu = arrays["mu"]
-    sigma = arrays["sigma"]
-    if mu.ndim != 1 or sigma.shape != mu.shape * 2 or mu.dtype.kind != "f" or not np.isfinite(sigma).all():
+        meta = json.loads(str(meta))
+        n, size, *names = [meta.get(key) for key in ("n", "size", "features", "features_hash", "resize")]
+        fits = not meta or [type(name) for name in names] == [str, str, str]
+        fits &= n is None or type(n) is int and n > 1
+        fits &= size is None or [type(k) for k in size] == [int, int]
+    except Exception:
+        fits = False
+    if not fits:
+        raise InputError(f"{path}: its meta is not what --save_stats writes: make these statistics anew")
+    floats = mu.dtype.kind == sigma.dtype.kind == "f" and mu.size > 0
+    if not floats or sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path}: want finite mu (D,) and sigma (D, D), "
                          f"not {mu.dtype} {mu.shape} and {sigma.shape}")
-    mu = torch.from_numpy(mu)
-    sigma = torch.from_numpy(sigma)
-    stored = Statistics(str(path), "statistics", meta.get("n"), meta.get("size"), mu, sigma, meta=meta)
-    if has_images:
-        return ImageSet(path, num, image_size), stored
-    return None, stored
+    mu, sigma = (torch.from_numpy(x.astype(np.float64)) for x in (mu, sigma))   # big-endian ones too
+    values = torch.linalg.eigvalsh(sigma)
+    rounding = 1e-6 * values.abs().max()
+    if values[0] < -rounding or (sigma - sigma.T).abs().max() > rounding:
+        raise InputError(f"{path}: sigma is no covariance (symmetric, no eigenvalue below 0; here from "
+                         f"{values[0]:.1e} to {values[-1]:.1e}): make these statistics anew")
+    return Statistics(path, "statistics", n, size, mu, sigma, meta=meta)
 
 
 def measure(side, extractor, metrics=METRICS, batch=64, workers=0):
@@ -719,7 +849,11 @@ def statistics_of(batches, extractor, metrics=METRICS, total=None, path="samples
     moments.reduce()
     mu = moments.mean.cpu()
     sigma = moments.cov.cpu()
-    return Statistics(path, kind, moments.n, sizes[0], mu, sigma, gather_rows(features), gather_rows(logits))
+    features = gather_rows(features)
+    logits = gather_rows(logits)
+    if not sigma.isfinite().all() or logits is not None and not logits.isfinite().all():
+        raise InputError(f"{path}: {extractor.name} gives numbers that are not finite: use another network")
+    return Statistics(path, kind, moments.n, sizes[0], mu, sigma, features, logits)
 
 
 def check_comparable(samples, reference, allow_small):
@@ -790,56 +924,38 @@ def score(batches, reference, extractor, metrics=METRICS[:4], allow_small=False,
     return compare(samples, reference, extractor, metrics, allow_small)
 
 
-def pairwise(samples, reference, metrics, batch=64, workers=0):
-    """Mean PSNR and SSIM of two ImageSets, the i-th against the i-th -> {metric: mean}. InputError where they
-    do not pair up."""
+def check_pairs(samples, reference):
     if not samples or not reference or (samples.n, samples.size) != (reference.n, reference.size):
         raise InputError("psnr and ssim compare image with image: both sides must be images, "
                          "equally many and of one size")
+
+
+def pairwise(samples, reference, metrics, batch=64, workers=0):
+    """Mean PSNR and SSIM of two ImageSets that pair up, the i-th against the i-th -> {metric: mean}, with
+    psnr_n, the number of pairs of finite PSNR: the mean is theirs, None where all pairs are equal."""
     functions = {"psnr": psnr, "ssim": ssim}
-    sums = dict.fromkeys(metrics, 0)
+    finite = {m: [] for m in metrics}
     left = read_batches(samples, batch, workers=workers)
     right = read_batches(reference, batch, workers=workers)
     for a, b in zip(left, right):
         for m in metrics:
-            sums[m] += functions[m](a, b).double().sum().item()
-    parts = gather(sums)
-    return {m: sum(part[m] for part in parts) / samples.n for m in metrics}
+            values = functions[m](a, b).double()
+            finite[m].append(values[values.isfinite()])
+    result = {}
+    for m in metrics:
+        values = gather_rows(finite[m])
+        result[m] = values.mean().item() if len(values) else None
+        if m == "psnr":
+            result["psnr_n"] = len(values)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Ranks, and the command line
-
-
-def ranks():
-    """(rank, number of ranks): (0, 1) without torchrun."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def gather(thing):
-    """[the thing of rank 0, of rank 1, ...], on every rank."""
-    things = [thing] * ranks()[1]
-    if len(things) > 1:
-        dist.all_gather_object(things, thing)
-    return things
-
-
-def gather_rows(parts):
-    """A list of (B, D) tensors on each rank -> the rows of all ranks, (N, D), or None if there are none."""
-    parts = sum(gather(parts), [])
-    if not parts:
-        return None
-    return torch.cat(parts)
-
-
-def hxw(size):
-    return f"{size[0]}x{size[1]}" if size else "?x?"
+# The command line
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
+    parser = Flags(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="fid.py SAMPLES REFERENCE [flags], or fid.py REFERENCE --save_stats FILE.npz; --help")
     add = parser.add_argument
@@ -870,17 +986,20 @@ def parse(argv):
     args.metrics = args.metrics.split(",")
     if not set(args.metrics) <= set(METRICS):
         raise InputError(f"--metrics {','.join(args.metrics)}: some of {','.join(METRICS)}")
-    for flag, least in (("num", 1), ("image_size", 1), ("batch_size", 1), ("workers", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise InputError(f"--{flag} {value}: wanted {least} or more")
+    check_numbers(args, num=(1, 10**9), image_size=(1, 2**13), batch_size=(1, 2**16), workers=(0, 1024))
+    if args.features and (args.inception, args.resize) != ("default", "tf"):
+        raise InputError("--inception and --resize are of Inception: leave them out beside --features")
     path = args.save_stats
-    if path and not path.endswith(".npz") or not path and args.reference is None:
+    if path is None and args.reference is None or path is not None and not path.endswith(".npz"):
         raise InputError("want fid.py SAMPLES REFERENCE, or fid.py REFERENCE --save_stats FILE.npz")
+    for flag in ("json", "save_stats"):
+        path = getattr(args, flag)
+        if path and (os.path.isdir(path) or not os.access(f"{os.path.dirname(path) or '.'}/.", os.W_OK)):
+            raise InputError(f"--{flag} {path}: cannot be written; name a file in a folder that exists")
     return args
 
 
-def open_sides(args):
+def open_sides(args, least):
     """{"samples": .., "reference": ..} as open_side gives them; one positional argument is the reference."""
     paths = {"reference": args.samples}
     if args.reference is not None:
@@ -896,7 +1015,7 @@ def open_sides(args):
                 size = size or other.size and other.size[0]
         elif role == "reference" and len(paths) == 2:
             num = None                                          # it stays whole
-        sides[role] = open_side(paths[role], num, size)
+        sides[role] = open_side(paths[role], num, size, least)
     return sides
 
 
@@ -912,10 +1031,13 @@ def save_statistics(path, statistics, extractor):
 def main(argv=None):
     start = time.time()
     args = parse(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+    torchrun = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if torchrun and args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(args.device)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    if torchrun:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     rank, world = ranks()
 
@@ -923,15 +1045,23 @@ def main(argv=None):
         if rank == 0 and args.json is None:
             print(line)
 
-    sides = open_sides(args)
+    two = args.reference is not None
+    pairs = [m for m in ("psnr", "ssim") if m in args.metrics and two]
+    needs_network = set(args.metrics) - set(pairs) or args.save_stats
+    sides = open_sides(args, least=2 if needs_network else 1)
     known = {role: images or stored for role, (images, stored) in sides.items()}
     for role, side in known.items():
         print0(f"{role}: {side.path}, {side.n or '?'} images, {hxw(side.size)} ({side.kind})")
-    two = len(sides) == 2
-    pairs = [m for m in ("psnr", "ssim") if m in args.metrics and two]
+    n = known["reference"].n
     result = {}
+    notes = []
     prefix = ""
-    if set(args.metrics) - set(pairs) or args.save_stats:
+    if pairs:
+        check_pairs(sides["samples"][0], sides["reference"][0])
+        if "ssim" in pairs and min(known["samples"].size) < 11:
+            pairs.remove("ssim")
+            notes.append("no ssim: its window is 11 pixels wide")
+    if needs_network:
         if two:
             check_comparable(**known, allow_small=args.allow_small)             # before the work
         extractor = load_extractor(args.inception, args.features, args.device, args.resize)
@@ -948,8 +1078,7 @@ def main(argv=None):
             result = compare(**statistics, extractor=extractor, metrics=args.metrics,
                              allow_small=args.allow_small)
     if pairs:
-        result.update(pairwise(sides["samples"][0], sides["reference"][0], pairs,
-                               args.batch_size, args.workers))
+        result |= pairwise(sides["samples"][0], sides["reference"][0], pairs, args.batch_size, args.workers)
 
     names = (result.get("name"), prefix + "Inception Score", prefix + "precision", prefix + "recall",
              "PSNR", "SSIM")
@@ -957,23 +1086,24 @@ def main(argv=None):
         if result.get(metric) is not None:
             spread = f" +- {result['is_std']:.4f}" if metric == "is" else ""
             print0(f"{name} {result[metric]:.4f}{spread}")
-    if result.get("psnr") == math.inf:                          # equal images; JSON has no infinity
-        result["psnr"] = None
-    notes = result.setdefault("notes", [])
+    if result.get("psnr_n", n) != n:
+        print0(f"PSNR inf of {n - result['psnr_n']} equal pairs, which its mean leaves out")
     if two and sides["samples"][0] and sides["samples"][0].is_jpeg():
         notes.append("the samples are JPEGs, whose artefacts count: PNG and npz keep samples as they are")
-    for note in notes:
+    result["notes"] = result.get("notes", []) + notes
+    for note in result["notes"]:
         print0(f"note: {note}")
     result["seconds"] = round(time.time() - start, 1)
     result["versions"] = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                               pillow=PIL.__version__)
     if rank == 0:
+        line = json.dumps(result, allow_nan=False)
+        print(line, flush=True)
         if args.json:
-            Path(args.json).write_text(json.dumps(result) + "\n")
-        print(json.dumps(result), flush=True)
+            Path(args.json).write_text(line + "\n")
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -13,12 +13,17 @@ Letters: b images, c latent channels, c' = c_prime kept ones, h w the latent's g
 family's own (diffusion.py): SiT and USiT go from 0 (noise) to 1 (data), DiT from 999 to 0, UViT from 1000
 to 1.
 """
-import argparse
+import errno
+import hashlib
 import json
+import math
 import os
+import re
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,7 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import diffusion
-from ae import InputError, fingerprint, open_autoencoder, save_grid, to_uint8
+from ae import (Flags, InputError, check_numbers, fingerprint, lock, make_folder, open_autoencoder, read_json,
+                save_grid, script, to_uint8)
 from diffusion import ddpm_schedule, gaussian, model_mean_log_var, vp_schedule
 
 TOY = dict(ckpt="out/toy-diffusion", out="out/toy-samples", guidance=2.0)   # what --toy sets
@@ -46,13 +52,17 @@ def log_alpha(net, t):
     return torch.lerp(table[low], table[low + 1], i - low)
 
 
+def counted_from_0(net):
+    """1 for DiT, whose discrete times are 0 .. 999; 0 for UViT, whose are 1 .. 1000."""
+    return int(net.objective == "ddpm")
+
+
 def flow_time(net, t):
     """The family's t -> signal / (signal + noise): 0 noise, 1 data; for flows t itself. --interval is
     measured in it: the same interval then means the same noise levels in every family."""
     if net.objective == "flow":
         return t
-    first = 1 if net.objective == "ddpm" else 0                 # DDPM counts 0 .. 999, VP 1 .. 1000
-    alpha = log_alpha(net, (t.double() + first) / 1000).exp()
+    alpha = log_alpha(net, (t.double() + counted_from_0(net)) / 1000).exp()
     sigma = (1 - alpha**2).sqrt()
     return alpha / (alpha + sigma)
 
@@ -92,7 +102,7 @@ def guided(net, y, guidance, interval):
     return model
 
 
-def at(t, x):
+def times(t, x):
     """The time t for every image of x: (b,)."""
     return x.new_full((len(x),), t)
 
@@ -106,7 +116,7 @@ def ddpm(net, model, x, steps, noise):
     kept = tuple(round(i * 999 / (steps - 1)) for i in range(steps))
     s = ddpm_schedule(kept, x.device, x.dtype)
     for j, i in enumerate(reversed(range(steps)), start=1):
-        eps, v = model(x, at(kept[i], x))
+        eps, v = model(x, times(kept[i], x))
         step = torch.full((len(x),), i, device=x.device)
         x, log_var = model_mean_log_var(s, step, x, eps, v)
         if i > 0:                                               # no noise at the last step
@@ -114,49 +124,60 @@ def ddpm(net, model, x, steps, noise):
     return x
 
 
-def dpm_nodes(net, model, steps):
-    """alpha, sigma, lambda = log(alpha / sigma) at times evenly spaced from 1 to 1/1000, and data(x, i): the
-    prediction of the data at the i-th."""
-    ts = torch.linspace(1, 1 / 1000, steps + 1, dtype=torch.float64)
-    log_a = log_alpha(net, ts)
+def dpm_nodes(net, steps):
+    """Lists of steps + 1 numbers: the network's t, evenly spaced from pure noise to almost none, and there
+    alpha, sigma, lam = log(alpha / sigma)."""
+    t = torch.linspace(1, 1 / 1000, steps + 1, dtype=torch.float64)
+    log_a = log_alpha(net, t)
     var = -torch.expm1(2 * log_a)                               # sigma^2 = 1 - alpha^2
-    a = log_a.exp().tolist()
-    s = var.sqrt().tolist()
-    lam = (log_a - 0.5 * var.log()).tolist()
-    first = 1 if net.objective == "ddpm" else 0                 # DDPM counts 0 .. 999, VP 1 .. 1000
+    return SimpleNamespace(
+        t=(1000 * t - counted_from_0(net)).tolist(),
+        alpha=log_a.exp().tolist(),
+        sigma=var.sqrt().tolist(),
+        lam=(log_a - 0.5 * var.log()).tolist(),
+    )
 
-    def data(x, i):
-        eps, _ = model(x, at(1000 * float(ts[i]) - first, x))
-        return (x - s[i] * eps) / a[i]
 
-    return a, s, lam, data
+def predict_data(model, x, nodes, i):
+    """The data that the network sees behind x, which is at node i."""
+    eps, _ = model(x, times(nodes.t[i], x))
+    return (x - nodes.sigma[i] * eps) / nodes.alpha[i]
+
+
+def phi(nodes, i, j):
+    """exp(-h) - 1 of the step h in lam from node i to node j."""
+    return np.expm1(nodes.lam[i] - nodes.lam[j])
+
+
+def first_order(x, data, nodes, i, j):
+    """x at node i -> at node j, as if the data were known (DDIM)."""
+    return nodes.sigma[j] / nodes.sigma[i] * x - nodes.alpha[j] * phi(nodes, i, j) * data
 
 
 def dpm(net, model, x, steps, noise):
     """DPM-Solver++, single-step "fast" (arXiv 2211.01095): third-order steps over three nodes, the rest of
     lower order."""
-    a, s, lam, data = dpm_nodes(net, model, steps)
+    nodes = dpm_nodes(net, steps)
     last = {0: [2, 1], 1: [1], 2: [2]}[steps % 3]
     orders = [3] * ((steps - sum(last)) // 3) + last
     i = 0
     for order in orders:
-        n = i + order
-        h = lam[n] - lam[i]
-        d = data(x, i)
-        phi = lambda j: np.expm1(-(lam[j] - lam[i]))                        # of the node j
-        first = lambda j: s[j] / s[i] * x - a[j] * phi(j) * d               # the first-order step from i to j
-        if order == 1:
-            x_n = first(n)
-        else:
-            r1 = (lam[i + 1] - lam[i]) / h
-            d1 = data(first(i + 1), i + 1)
-            if order == 2:
-                x_n = first(n) - 0.5 / r1 * a[n] * phi(n) * (d1 - d)
-            else:
-                r2 = (lam[i + 2] - lam[i]) / h
-                x_2 = first(i + 2) + r2 / r1 * a[i + 2] * (phi(i + 2) / (r2 * h) + 1) * (d1 - d)
-                d2 = data(x_2, i + 2)
-                x_n = first(n) + 1 / r2 * a[n] * (phi(n) / h + 1) * (d2 - d)
+        n = i + order                                           # the step: i to n, by way of those between
+        h = nodes.lam[n] - nodes.lam[i]
+        data = predict_data(model, x, nodes, i)
+        x_n = first_order(x, data, nodes, i, n)
+        if order > 1:
+            r1 = (nodes.lam[i + 1] - nodes.lam[i]) / h
+            x_1 = first_order(x, data, nodes, i, i + 1)
+            change_1 = predict_data(model, x_1, nodes, i + 1) - data
+        if order == 2:
+            x_n = x_n - 0.5 / r1 * nodes.alpha[n] * phi(nodes, i, n) * change_1
+        if order == 3:
+            r2 = (nodes.lam[i + 2] - nodes.lam[i]) / h
+            slope = nodes.alpha[i + 2] * (phi(nodes, i, i + 2) / (r2 * h) + 1)
+            x_2 = first_order(x, data, nodes, i, i + 2) + r2 / r1 * slope * change_1
+            change_2 = predict_data(model, x_2, nodes, i + 2) - data
+            x_n = x_n + 1 / r2 * nodes.alpha[n] * (phi(nodes, i, n) / h + 1) * change_2
         x = x_n
         i = n
     return x
@@ -164,31 +185,30 @@ def dpm(net, model, x, steps, noise):
 
 def dpm2m(net, model, x, steps, noise):
     """DPM-Solver++ 2M: second order from the previous evaluation, one evaluation per step."""
-    a, s, lam, data = dpm_nodes(net, model, steps)
-    d_prev = None
+    nodes = dpm_nodes(net, steps)
+    lam = nodes.lam
+    data_prev = None
     for i in range(steps):
-        h = lam[i + 1] - lam[i]
-        d = data(x, i)
-        if d_prev is None:
-            mixed = d
-        else:
-            mixed = d + 0.5 * h / (lam[i] - lam[i - 1]) * (d - d_prev)
-        x = s[i + 1] / s[i] * x - a[i + 1] * np.expm1(-h) * mixed
-        d_prev = d
+        data = predict_data(model, x, nodes, i)
+        mixed = data
+        if data_prev is not None:
+            mixed = data + 0.5 * (lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1]) * (data - data_prev)
+        x = first_order(x, mixed, nodes, i, i + 1)
+        data_prev = data
     return x
 
 
 def euler(net, model, x, steps, noise):
     for i in range(steps):
-        v, _ = model(x, at(i / steps, x))
+        v, _ = model(x, times(i / steps, x))
         x = x + v / steps
     return x
 
 
 def heun(net, model, x, steps, noise):
     for i in range(steps):
-        v, _ = model(x, at(i / steps, x))
-        v_next, _ = model(x + v / steps, at((i + 1) / steps, x))
+        v, _ = model(x, times(i / steps, x))
+        v_next, _ = model(x + v / steps, times((i + 1) / steps, x))
         x = x + (v + v_next) / (2 * steps)
     return x
 
@@ -200,8 +220,8 @@ def sde(net, model, x, steps, noise):
     for i in range(steps):
         t = i * dt
         w = 1 - t
-        v, _ = model(x, at(t, x))
-        score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
+        v, _ = model(x, times(t, x))
+        score = (t * v - x) / (1 - t)           # -E[noise] / (1 - t): x = t z + (1 - t) noise, v = z - noise
         drift = v + w * score
         if i == steps - 1:
             return x + drift * 0.04
@@ -223,25 +243,35 @@ DOPRI_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DOPRI_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
-def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6):
+def wide(values, x):
+    """(b,) -> (b, 1, 1, 1), in the precision of x."""
+    return values.to(x.dtype).view(-1, 1, 1, 1)
+
+
+def rms(x):
+    """Of each image: (b, c', h, w) -> (b,)."""
+    return x.flatten(1).double().square().mean(1).sqrt()
+
+
+def weighted_sum(weights, slopes):
+    return sum(weight * k for weight, k in zip(weights, slopes) if weight)
+
+
+def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6, smallest=1e-4):
     """Dormand-Prince 5(4). NOTE differs from torchdiffeq: the step is controlled per image, so that an image
     does not depend on its batch; images that have arrived leave the batch. Step rules (first step, 0.9,
-    0.2 .. 10) as there [Hairer II.4]."""
-    wide = lambda s: s.to(x.dtype).view(-1, 1, 1, 1)                        # (b,) -> (b, 1, 1, 1)
-    rms = lambda e: e.flatten(1).double().square().mean(1).sqrt()           # (b, c', h, w) -> (b,)
-    mix = lambda weights: sum(a * k_i for a, k_i in zip(weights, k) if a)   # of the slopes so far
-    f = lambda x, t: model(x, t.to(x.dtype), rows)[0]
+    0.2 .. 10) as there [Hairer II.4]. smallest: a step below it is taken whatever its error [ours]."""
     rows = torch.arange(len(x), device=x.device)                # the images on their way
     result = torch.empty_like(x)
     t = torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     # The first step
-    k1 = f(x, t)
+    k1, _ = model(x, t.to(x.dtype))
     scale = atol + rtol * x.abs()
     d0 = rms(x / scale)
     d1 = rms(k1 / scale)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    k2 = f(x + wide(h0) * k1, h0)
+    k2, _ = model(x + wide(h0, x) * k1, h0.to(x.dtype))
     d2 = rms((k2 - k1) / scale) / h0
     h1 = (0.01 / torch.maximum(d1, d2).clamp(min=1e-9)) ** 0.2
     h = torch.minimum(100 * h0, h1)
@@ -249,22 +279,23 @@ def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6):
     while len(rows):
         last = h >= 1 - t
         h = torch.where(last, 1 - t, h)
-        k = [k1]
+        slopes = [k1]
         for weights, node in zip(DOPRI, DOPRI_C):
-            x_new = x + wide(h) * mix(weights)
-            k.append(f(x_new, t + node * h))                    # the last one is the next step's first
+            x_new = x + wide(h, x) * weighted_sum(weights, slopes)
+            k, _ = model(x_new, (t + node * h).to(x.dtype), rows)
+            slopes.append(k)                                    # the last one is the next step's first
 
         # Is the step good enough?
-        error = wide(h) * mix(DOPRI_ERROR)
+        error = wide(h, x) * weighted_sum(DOPRI_ERROR, slopes)
         ratio = rms(error / (atol + rtol * torch.maximum(x.abs(), x_new.abs())))
         worst = error.flatten(1).abs().amax(1) / (atol + rtol / 2 * rms(x_new))
         ratio = torch.maximum(ratio, worst)                     # [ours] and no entry far off
         lost = ~ratio.isfinite()                                # a network that says NaN ends here
-        ok = (ratio <= 1) | (h < 1e-4) | lost
+        ok = (ratio <= 1) | (h < smallest) | lost
 
         taken = ok.view(-1, 1, 1, 1)
         x = torch.where(taken, x_new, x)
-        k1 = torch.where(taken, k[-1], k1)
+        k1 = torch.where(taken, slopes[-1], k1)
         t = torch.where(ok, t + h, t)
         t = torch.where(lost | (ok & last), 1.0, t)
         factor = 0.9 * ratio.clamp(min=1e-10) ** -0.2
@@ -272,7 +303,7 @@ def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6):
 
         arrived = t >= 1
         result[rows[arrived]] = x[arrived]
-        x, k1, h, rows, t = (s[~arrived] for s in (x, k1, h, rows, t))
+        x, k1, h, rows, t = (values[~arrived] for values in (x, k1, h, rows, t))
     return result
 
 
@@ -349,51 +380,161 @@ def generate(net, labels, guidance=1.0, interval=(0, 1), solver=None, steps=None
     return F.pad(x, (0, 0, 0, 0, 0, c - k))
 
 
+@torch.no_grad()
+def decode(ae, z):
+    """Latents (b, c', h, w), unscaled -> uint8 pictures (b, H, W, 3). InputError where some are not finite:
+    they would be black."""
+    img = ae.decode(z)
+    lost = (~img.flatten(1).isfinite().all(1)).sum().item()
+    if lost:
+        raise InputError(f"{lost} of {len(z)} pictures are not finite: damaged weights in --ckpt or --ae, or "
+                         "too large a --guidance")
+    return to_uint8(img)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# An unfinished run, in files of --out: whatever ends it, the same command goes on
+
+
+def write(path, offset, data):
+    """Bytes into a file that is there; returns when it is on the disk. (Memory maps end in a signal where the
+    disk is full, and ranks lose each other's pages over NFS.)"""
+    with open(path, "r+b") as f:
+        f.seek(offset)
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+SPELLED = ("ckpt", "ae", "out", "toy")      # settings that mean the same in several spellings: others tell
+
+
+class Unfinished:
+    """samples.part.pixels: uint8 (n, H, W, 3), raw. samples.part.done: a byte for each batch, 1 once its
+    pixels are on the disk. samples.part.json: what decides pixels; comes last, goes first."""
+
+    def __init__(self, out, shape, batch_size):
+        self.out = out
+        self.shape = shape
+        self.batch_size = batch_size
+        self.batches = math.ceil(shape[0] / batch_size)         # the same for any number of ranks
+        self.pixels = out / "samples.part.pixels"
+        self.done = out / "samples.part.done"
+        self.settings = out / "samples.part.json"
+
+    def open(self, settings):
+        """Makes the files, or goes on with those of the same settings. InputError where others have drawn."""
+        text = json.dumps(settings)
+        if not self.settings.exists() or not any(self.done.read_bytes()):
+            self.settings.unlink(missing_ok=True)
+            self.allocate()
+            self.done.write_bytes(bytes(self.batches))
+            new = self.out / "samples.part.tmp"
+            new.write_text(text)
+            os.replace(new, self.settings)
+        held = read_json(self.settings)
+        wanted = json.loads(text)
+        others = [name for name in wanted if name not in SPELLED and held.get(name) != wanted[name]]
+        if others:
+            raise InputError(f"--out {self.out}: an unfinished run of another {', '.join(others)}; end it "
+                             "with its own flags, or remove samples.part.* in there")
+
+    def allocate(self):
+        """A full disk ends a run here: it must hold the pixels, and at the end samples.npz too."""
+        size = math.prod(self.shape)
+        free = shutil.disk_usage(self.out).free
+        try:
+            if free < 2 * size:
+                raise OSError
+            with open(self.pixels, "wb") as f:
+                if hasattr(os, "posix_fallocate"):                          # Linux
+                    os.posix_fallocate(f.fileno(), 0, size)
+        except OSError:
+            self.pixels.unlink(missing_ok=True)
+            raise InputError(f"--out {self.out}: {2 * size:,} bytes are needed there, {free:,} are free; "
+                             "make room, or name another --out") from None
+
+    def left(self, rank=0, world=1):
+        """The batches of a rank's contiguous share that are not drawn yet."""
+        done = self.done.read_bytes()
+        share = range(self.batches * rank // world, self.batches * (rank + 1) // world)
+        return [k for k in share if not done[k]]
+
+    def index(self, k):
+        """The images of batch k, (b,)."""
+        first = k * self.batch_size
+        return torch.arange(first, min(first + self.batch_size, self.shape[0]))
+
+    def put(self, k, pixels):
+        """Batch k, (b, H, W, 3), and then its mark."""
+        write(self.pixels, k * self.batch_size * math.prod(self.shape[1:]), pixels.numpy().tobytes())
+        write(self.done, k, b"\1")
+
+    def save(self, labels):
+        """Writes samples.npz, in ADM's layout. -> the pixels."""
+        pixels = np.memmap(self.pixels, np.uint8, "r", shape=self.shape)
+        npz = self.out / "samples.part.npz"
+        np.savez(npz, arr_0=pixels, arr_1=labels.numpy())
+        write(npz, 0, b"")                                      # on the disk, before it gets its name
+        os.replace(npz, self.out / "samples.npz")
+        return pixels
+
+    def remove(self):
+        for file in (self.settings, self.done, self.pixels):
+            file.unlink()
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def class_numbers(part, names):
-    """What one part of --classes means: a name, a number, or a range whose ends both count."""
+def class_numbers(part, names, known):
+    """The classes that one part of --classes means: a name, a number, or a range whose ends both count. Where
+    all names are numbers, numbers are names (folders sort as 0, 1, 10, 11, 2), else positions."""
     if part in names:
         return [names.index(part)]
-    low, dash, high = part.partition("-")
-    if not dash:
-        high = low
-    if low.isdecimal() and high.isdecimal():
-        return list(range(int(low), int(high) + 1))
-    known = ", ".join(names) or "none known"
-    raise InputError(f"--classes {part}: not a number, a range (3-7), all, random, or a name: {known}"[:199])
+    numbers = list(range(known))
+    if names and all(re.fullmatch(r"\d{1,18}", name) for name in names):
+        numbers = [int(name) for name in names]
+    found = re.fullmatch(r"(\d{1,18})(-(\d{1,18}))?", part)
+    if found:
+        low = int(found[1])
+        high = int(found[3] or low)
+        if low <= high and {low, high} <= set(numbers):
+            return [numbers.index(number) for number in sorted(numbers) if low <= number <= high]
+    choice = ", ".join(names) or "none known"
+    raise InputError(f"--classes {part}: not a number in {min(numbers)} .. {max(numbers)}, a range (3-7), "
+                     f"all, random, or a name: {choice}")
 
 
 def parse_classes(text, n, seed, num_classes, names):
     """-> n labels, int64 (n,). "random": uniform, as ADM and DC-Gen draw them for FID; "all", or a list of
     names, numbers and ranges: in turn, and evenly spread where there are more than n."""
     known = max(num_classes, 1)
+    names = names[:known]
     if text == "random":
         return torch.randint(0, known, (n,), generator=torch.Generator().manual_seed(seed))
     classes = list(range(known))
     if text != "all":
         parts = [text] if text in names else [part.strip() for part in text.split(",")]
-        chosen = [y for part in parts for y in class_numbers(part, names)]
-        if not chosen or max(chosen) >= known:
-            raise InputError(f"--classes {text}: the model knows the classes 0 .. {known - 1}")
+        chosen = [y for part in parts for y in class_numbers(part, names, known)]
         classes = list(dict.fromkeys(chosen))                   # each once, in the order given
     if len(classes) > n:
         classes = [classes[i * len(classes) // n] for i in range(n)]
-    return torch.tensor([classes[i % len(classes)] for i in range(n)])
+    return torch.tensor(classes)[torch.arange(n) % len(classes)]
 
 
 def parse(argv):
     """Flags > --toy > defaults."""
     cuda = torch.cuda.is_available()
     usage = "sample.py --ckpt CKPT [--flag value ...]   (--help explains each)"
-    parser = argparse.ArgumentParser(description="Draw pictures.", usage=usage)
+    parser = Flags(description="Sample pictures.", usage=usage)
     add = parser.add_argument
     add("--ckpt", help="our checkpoint (file or run folder), or published weights (hub name, folder, file)")
     add("--toy", action="store_true",
         help="the toy run: --ckpt out/toy-diffusion --out out/toy-samples --guidance 2")
-    add("--model", help="what published tensors cannot say: UViT, USiT, USiT-H, ...")
+    add("--model", choices=[*diffusion.FAMILIES, *diffusion.MODELS], metavar="MODEL",
+        help="what published tensors cannot say: UViT, USiT, USiT-H, ...")
     add("--ae", help="another autoencoder than the one named in the checkpoint (its decoder fine-tuned, say)")
     add("--n", type=int, default=100, help="number of pictures (100)")
     add("--classes",
@@ -416,10 +557,16 @@ def parse(argv):
     if parser.parse_known_args(argv)[0].toy:
         parser.set_defaults(**TOY)
     args = parser.parse_args(argv)
-    if args.ckpt is None or min(args.n, args.batch_size) < 1:
-        raise InputError("sample.py needs --ckpt CKPT (or --toy), and --n and --batch_size of at least 1")
+    if args.ckpt is None:
+        raise InputError("sample.py needs --ckpt CKPT (or --toy)")
+    check_numbers(args, n=(1, 10**8), batch_size=(1, 10**5), guidance=(0, 1000), interval=(0, 1),
+                  steps=(1, 1000), c_prime=(1, 65536), seed=(0, 2**63 - 1))
     if args.classes is None:
         args.classes = "all" if args.n <= 100 else "random"
+    out = output_folder(args)
+    there = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {out}: {there} is no folder that can be written to; name another --out")
     return args
 
 
@@ -438,10 +585,11 @@ def output_folder(args):
 def open_models(args, device):
     """-> (denoiser, autoencoder, scale of the latents): a pair that fits, in eval mode. Sets args.ae."""
     net = diffusion.from_pretrained(args.ckpt, name=args.model).to(device)
+    download = bool(args.ae) or not os.path.exists(args.ckpt)   # a name that the user gave, or its partner
     args.ae = args.ae or net.info.get("ae")
     if args.ae is None:
         raise InputError(f"--ckpt {args.ckpt}: does not say which autoencoder it belongs to; give --ae")
-    ae = open_autoencoder(args.ae).to(device).eval()
+    ae = open_autoencoder(args.ae, download).to(device).eval()
     f = ae.config.f
     c = net.config["c"]
     h, w = net.grid
@@ -451,22 +599,22 @@ def open_models(args, device):
     return net, ae, net.info.get("scale") or ae.scale
 
 
-def bench(draw, decode, index, device):
+def bench(sample_latents, to_pixels, index, device):
     """Images per second of the denoiser, of the decoder, and of both, after one batch of warm-up."""
     def clock():
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    decode(draw(index))
+    to_pixels(sample_latents(index))
     start = clock()
-    z = draw(index)
-    drawn = clock()
-    decode(z)
+    z = sample_latents(index)
+    sampled = clock()
+    to_pixels(z)
     decoded = clock()
     return dict(
-        denoiser_img_per_s=len(index) / (drawn - start),
-        decoder_img_per_s=len(index) / (decoded - drawn),
+        denoiser_img_per_s=len(index) / (sampled - start),
+        decoder_img_per_s=len(index) / (decoded - sampled),
         img_per_s=len(index) / (decoded - start),
     )
 
@@ -479,8 +627,8 @@ def write_grid(path, pixels, labels, net, args, full_pictures):
     classes = list(dict.fromkeys(labels.tolist()))              # each once, in order
     if args.classes != "random" and 1 < len(classes) <= 10:
         ncol = len(classes)
-        names = net.info.get("classes")
-        titles = [names[y] if names else str(y) for y in classes]
+        names = dict(enumerate(net.info.get("classes") or []))
+        titles = [str(names.get(y, y)) for y in classes]
     shown = torch.from_numpy(pixels[:100].copy())
     rows = None
     if args.c_prime:
@@ -501,77 +649,76 @@ def main(argv=None):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
 
-    # Open
     net, ae, scale = open_models(args, device)
-    name = net.config["name"]
-    names = net.info.get("classes") or []
+    names = [str(name) for name in net.info.get("classes") or []]
     labels = parse_classes(args.classes, args.n, args.seed, net.config["num_classes"], names)
     args.solver, args.steps = check_settings(
         net, labels, args.guidance, args.interval, args.solver, args.steps, args.c_prime)
 
-    def draw(index, c_prime=args.c_prime):                      # -> (b, c, h, w)
+    def sample_latents(index, c_prime=args.c_prime):            # -> (b, c, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
             return generate(
                 net, labels[index], guidance=args.guidance, interval=args.interval, solver=args.solver,
                 steps=args.steps, seed=args.seed, c_prime=c_prime, index=index)
 
-    @torch.no_grad()
-    def decode(z, c_prime=args.c_prime):                        # -> uint8 (b, H, W, 3)
-        return to_uint8(ae.decode(z[:, :c_prime] / scale)).cpu()
+    def to_pixels(z, c_prime=args.c_prime):                     # -> uint8 (b, H, W, 3)
+        return decode(ae, z[:, :c_prime] / scale).cpu()
 
     def full_pictures(count):                                   # -> uint8 (count, H, W, 3), all channels
         batches = torch.arange(count).split(args.batch_size)
-        return torch.cat([decode(draw(index, None), None) for index in batches])
+        return torch.cat([to_pixels(sample_latents(index, None), None) for index in batches])
 
     if args.bench:
-        speed = bench(draw, decode, torch.arange(min(args.batch_size, args.n)), device)
-        print(json.dumps({**vars(args), "model": name, **speed, "torch": str(torch.__version__)}))
+        speed = bench(sample_latents, to_pixels, torch.arange(min(args.batch_size, args.n)), device)
+        about = {"model": net.config["name"], **speed, "torch": str(torch.__version__)}
+        print(json.dumps({**vars(args), **about}))
         return
 
-    # Draw: each rank a contiguous slice, into one file, so that nothing is gathered in memory
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     out = output_folder(args)
-    raw = out / "samples.part.npy"
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        h, w = net.grid
-        f = ae.config.f
-        np.lib.format.open_memmap(raw, "w+", np.uint8, (args.n, h * f, w * f, 3)).flush()
-    if world > 1:
-        dist.barrier()
-    pixels = np.lib.format.open_memmap(raw, "r+")
-    first = args.n * rank // world
-    last = args.n * (rank + 1) // world
-    start = time.perf_counter()
-    with tqdm(total=last - first, unit="img", disable=rank > 0, desc=f"{name}, rank 0 of {world}") as bar:
-        for i in range(first, last, args.batch_size):
-            index = torch.arange(i, min(i + args.batch_size, last))
-            pixels[index] = decode(draw(index)).numpy()
-            bar.update(len(index))
-    pixels.flush()
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank > 0:
-        return
-
-    # Save
-    about = {
-        **vars(args),
-        "step": net.info.get("step"),
-        "model": net.config,
-        "ae_hash": fingerprint(ae),
-        "scale": scale,
-        "ranks": world,
-        "img_per_s": args.n / (time.perf_counter() - start),
-        "torch": str(torch.__version__),
-    }
-    np.savez(out / "samples.part.npz", arr_0=pixels, arr_1=labels.numpy())  # ADM's layout
-    os.replace(out / "samples.part.npz", out / "samples.npz")
-    raw.unlink()
-    (out / "samples.json").write_text(json.dumps(about, indent=1) + "\n")
-    write_grid(out / "samples.png", pixels, labels, net, args, full_pictures)
+    h, w = net.grid
+    f = ae.config.f
+    part = Unfinished(out, (args.n, h * f, w * f, 3), args.batch_size)
+    try:
+        if rank == 0:
+            locked = lock(make_folder(out))                     # as long as this process lives
+            settings = {
+                **vars(args),
+                "step": net.info.get("step"),
+                "model": net.config,
+                "weights": fingerprint(net),
+                "ae_hash": fingerprint(ae),
+                "scale": scale,
+                "device": device.type,
+            }
+            part.open(settings)
+            missing = min(args.n, len(part.left()) * args.batch_size)
+        if world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+            dist.barrier()
+        start = time.perf_counter()
+        for k in tqdm(part.left(rank, world), f"rank 0 of {world}", unit="img", unit_scale=args.batch_size,
+                      disable=rank > 0):
+            part.put(k, to_pixels(sample_latents(part.index(k))))
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        if rank > 0:
+            return
+        about = {
+            **settings,
+            "ranks": world,
+            "img_per_s": missing / (time.perf_counter() - start),
+            "torch": str(torch.__version__),
+        }
+        pixels = part.save(labels)
+        (out / "samples.json").write_text(json.dumps(about, indent=1) + "\n")
+        write_grid(out / "samples.png", pixels, labels, net, args, full_pictures)
+        part.remove()
+        locked.close()
+    except OSError as e:
+        raise InputError(f"--out {out}: {e}; mend that, and the same command goes on") from None
+    except KeyboardInterrupt:
+        raise InputError("stopped by Ctrl-C; the same command goes on") from None
     print(f"{args.n} pictures in {out}: samples.png, samples.npz, samples.json")
     if net.info.get("ae_hash") not in (None, about["ae_hash"]):
         print(f"note: {args.ae} is not the autoencoder this model's latents came from "
@@ -579,4 +726,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -13,11 +13,17 @@ Letters: B images of a batch, b of a micro-batch on a rank, c latent channels, c
 
 import argparse
 import copy
+import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import zlib
+from contextlib import contextmanager, suppress
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,8 +32,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fid
-from ae import (InputError, check_numbers, evenly_spaced, fingerprint, open_autoencoder, open_images,
-                save_grid, script, to_uint8)
+from ae import (InputError, check_numbers, evenly_spaced, fingerprint, lock, open_autoencoder,
+                open_images, patiently, read_json, save_grid, script, to_uint8)
 from diffusion import MODELS, build, draw_t, forward_macs, gaussian, training_loss, uniform
 from sample import generate
 from train_ae import (COUNT, LARGE, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
@@ -195,39 +201,69 @@ def random_batch(args, ranks, c, size):
 
 # ----------------------------------------------------------------------------------------------------------
 # The latent cache: latents.npy float16 (2, N, c, h, w), raw, plain and mirrored; labels.npy (N,); done.npy, a
-# mark for each chunk; manifest.json
+# checksum for each chunk, 0 where it is not yet encoded; manifest.json, what all was made from
 
-CHUNK = 512                                                     # pictures encoded between two marks [ours]
+CHUNK = 512                                                     # pictures under one checksum [ours]
+SAMPLE = 256                                                    # files whose bytes are compared [ours]
 
 
 class Latents:
     """get_batch(indices, keys) -> raw z (b,c,h,w) float16, y (b,); the mirror image is drawn from (seed,
-    key)."""
+    key). InputError: a chunk that is read for the first time does not have its checksum."""
 
-    def __init__(self, folder, seed=0):
-        with open(f"{folder}/manifest.json") as f:
-            self.manifest = json.load(f)
+    def __init__(self, folder, seed=0, held=None):
+        self.folder, self.seed, self.held = folder, seed, held  # held: the lock of the run that has filled it
+        self.manifest = read_json(Path(folder, "manifest.json"))
         self.num_classes, self.ae_hash = self.manifest["num_classes"], self.manifest["ae_hash"]
-        self.latents = np.load(f"{folder}/latents.npy", mmap_mode="r")
-        self.labels = np.load(f"{folder}/labels.npy")
-        self.seed = seed
-        some = self.latents[0, :: max(1, len(self.labels) // 2048)]
-        rms = float(np.sqrt(np.square(some, dtype=np.float32).mean()))
+        chunks = len(self.arrays["done"])
+        self.checked = torch.zeros(chunks, dtype=torch.bool).share_memory_()    # among loader processes
+        rows = np.arange(0, len(self), max(1, len(self) // 2048))
+        rms = float(np.sqrt(np.square(self.arrays["latents"][0, rows], dtype=np.float32).mean()))
+        self.scale = self.manifest["scale"]
+        if self.scale == 1 or not 0 < rms < math.inf:
+            self.check(rows)
         if not 0 < rms < math.inf:
             raise InputError(f"--cache {folder}: latents of rms {rms}; is the autoencoder trained?")
-        self.scale = self.manifest["scale"]
         if self.scale == 1:                                     # the autoencoder knows none
             self.scale = 1 / rms
 
     def __len__(self):
-        return len(self.labels)
+        return self.manifest["count"]
+
+    @functools.cached_property
+    def arrays(self):
+        return open_arrays(self.folder, self.manifest)
+
+    def __getstate__(self):                                     # every process opens the arrays itself
+        return {name: x for name, x in self.__dict__.items() if name not in ("arrays", "held")}
 
     def get_batch(self, indices, keys):
         indices = np.asarray(indices)
+        self.check(indices)
         u = uniform(len(keys), self.seed, 3, torch.as_tensor(keys))
         mirrored = (u < 0.5).long().numpy()
-        z = torch.from_numpy(self.latents[mirrored, indices])
-        return z, torch.from_numpy(self.labels[indices])
+        z = torch.from_numpy(self.arrays["latents"][mirrored, indices])
+        return z, torch.from_numpy(self.arrays["labels"][indices])
+
+    def check(self, rows):
+        """The chunks of these rows that no process has checked. Where one is damaged, all that are lose their
+        mark."""
+        chunks = rows // CHUNK
+        new = np.unique(chunks[~self.checked.numpy()[chunks]])
+        if all(map(self.is_whole, new)):
+            self.checked[new] = True
+            return
+        damaged = [k for k in range(len(self.checked)) if not self.is_whole(k)]
+        for k in damaged:
+            with suppress(OSError):
+                write_rows(f"{self.folder}/done.npy", k, np.zeros(1, np.uint32))
+        raise unusable(self.folder, f"{len(damaged)} chunks are damaged",
+                       "the same command encodes them again, or ")
+
+    def is_whole(self, k):
+        part = slice(k * CHUNK, (k + 1) * CHUNK)
+        latents, labels, done = self.arrays.values()
+        return checksum(*latents[:, part], labels[part]) == done[k]
 
 
 RANDOM = SimpleNamespace(num_classes=1000, scale=1.0, ae_hash=None)     # in place of a cache: --bench
@@ -235,13 +271,13 @@ RANDOM = SimpleNamespace(num_classes=1000, scale=1.0, ae_hash=None)     # in pla
 
 def cache_latents(args, ae, ranks):
     """The images' latents through the ADM crop, encoded where that is not yet done; ranks take chunks in
-    turn. Finished chunks are marked, so that a killed run goes on; a manifest that disagrees is an error."""
+    turn. Finished chunks are marked, so that a killed run goes on."""
     toy, folder = args.data == "toy", args.cache
     data = open_images(args.data, args.image_size, train=toy)   # toy: pictures that no evaluation shows
     numbers = evenly_spaced(data, args.max_images)
     side = args.image_size // ae.config.f
-    manifest = {"ae_hash": fingerprint(ae),
-                "data": "toy" if toy else os.path.abspath(args.data),
+    manifest = {"format": 2,                                    # 1: without checksums
+                "ae_hash": fingerprint(ae),
                 "crop": "adm",
                 "image_size": args.image_size,
                 "count": len(numbers),
@@ -249,72 +285,155 @@ def cache_latents(args, ae, ranks):
                 "scale": ae.scale,
                 "num_classes": data.num_classes,
                 "classes": list(data.classes)}
-    open_cache(folder, manifest, ranks)
-    done = np.load(f"{folder}/done.npy")
-    chunks = [k for k in range(ranks.rank, len(done), ranks.size) if not done[k]]
-    fill_cache(args, ae, ranks, data, numbers, chunks)
+    files = [data.files[i] for i in numbers] if hasattr(data, "files") else []
+    held = problem = None
+    if ranks.is_main:
+        try:
+            held = open_cache(args, manifest, files)
+        except InputError as e:
+            problem = e
+    if ranks.any(bool(problem)):
+        raise problem or InputError("--cache: the first rank says why")
+    fill_cache(args, ae, ranks, data, numbers)
     if ranks.size > 1:
         dist.barrier()
-    return Latents(folder, args.seed)
+    return Latents(folder, args.seed, held)
 
 
-def open_cache(folder, manifest, ranks):
-    """The first rank makes the empty files; a cache that is there must have been made from the same
-    things."""
-    path = f"{folder}/manifest.json"
-    if os.path.exists(path):
-        with open(path) as f:
-            have = json.load(f)
+def open_cache(args, manifest, files):
+    """On the first rank: a cache that is there must have been made from the same things, wherever they now
+    lie; else a new one is laid out. Returns its lock where something is left to encode."""
+    folder, path = args.cache, Path(args.cache, "manifest.json")
+    manifest["files"] = digest_files(args.data, files)
+    new = not os.path.exists(path)
+    if not new:
+        have = read_json(path)
         if wrong := [name for name in manifest if have.get(name) != manifest[name]]:
-            raise InputError(f"--cache {folder}: made with another {', '.join(wrong)}; "
-                             "remove the folder or name another --cache")
-    elif ranks.is_main:
-        n = manifest["count"]
-        arrays = {"latents": (np.float16, (2, n, *manifest["shape"])),
-                  "labels": (np.int64, (n,)),
-                  "done": (np.uint8, (math.ceil(n / CHUNK),))}
+            raise unusable(folder, f"made with another {', '.join(wrong)}")
+        if open_arrays(folder, manifest)["done"].all():
+            return None                                         # reading alone needs no lock
+    with writing(folder):
         os.makedirs(folder, exist_ok=True)
-        for name, (dtype, shape) in arrays.items():
-            np.lib.format.open_memmap(f"{folder}/{name}.npy", "w+", dtype, shape).flush()
-        with open(path + ".tmp", "w") as f:
-            json.dump(manifest, f)
-        os.replace(path + ".tmp", path)
-    if ranks.size > 1:
-        dist.barrier()
+        try:
+            held = lock(folder)
+        except InputError:
+            raise unusable(folder, "another run is filling it", "wait for it, or ") from None
+        if new:
+            where = os.path.abspath(args.data) if files else "toy"
+            lay_out(folder, manifest | {"data": where, "dtype": args.dtype})
+    return held
+
+
+def digest_files(root, files):
+    """Of pictures below the folder `root`: their names and sizes, and the bytes of some."""
+    h = hashlib.sha256()
+    with ThreadPool(16) as pool:                                # a network folder answers slowly
+        stats = pool.imap(functools.partial(patiently, os.stat), files, chunksize=1000)
+        for file, stat in zip(files, stats):
+            name = file.removeprefix(root).lstrip("/")
+            h.update(os.fsencode(f"{name}\0{stat.st_size}\0"))
+    for file in files[::max(1, len(files) // SAMPLE)]:
+        h.update(patiently(Path.read_bytes, Path(file)))
+    return h.hexdigest()
+
+
+def lay_out(folder, manifest):
+    """The empty files, with all their room on the disk; the manifest last."""
+    for name, (dtype, shape) in layout(manifest).items():
+        path = f"{folder}/{name}.npy"
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with open(path, "r+b") as f:
+            if hasattr(os, "posix_fallocate"):                  # a Mac has none
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    part = Path(folder, "manifest.json.tmp")
+    part.write_text(json.dumps(manifest))
+    part.replace(f"{folder}/manifest.json")
+
+
+def layout(manifest):
+    n = manifest["count"]
+    return {"latents": (np.float16, (2, n, *manifest["shape"])),
+            "labels": (np.int64, (n,)),
+            "done": (np.uint32, (math.ceil(n / CHUNK),))}
+
+
+def open_arrays(folder, manifest):
+    """{name: memory map}. InputError: not what the manifest asks for."""
+    arrays = {}
+    for name, (dtype, shape) in layout(manifest).items():
+        try:
+            arrays[name] = x = np.lib.format.open_memmap(f"{folder}/{name}.npy", mode="r")
+            whole = x.dtype == dtype and x.shape == shape
+        except Exception:                                       # numpy raises many kinds
+            whole = False
+        if not whole:
+            raise unusable(folder, f"{name}.npy is damaged")
+    return arrays
+
+
+def unusable(folder, what, mend=""):
+    return InputError(f"--cache {folder}: {what}; {mend}remove the folder or name another --cache")
+
+
+@contextmanager
+def writing(folder):
+    """Errors of the system, a full disk and the like, in one line."""
+    try:
+        yield
+    except OSError as e:
+        raise InputError(f"--cache {folder}: {e.strerror}; make room, or name another --cache") from None
 
 
 @torch.no_grad()
-def fill_cache(args, ae, ranks, data, numbers, chunks, batch_size=64):
-    folder, n = args.cache, len(numbers)
-    spans = []                                                  # rows of a batch; none crosses chunks
-    for k in chunks:
-        end = min(n, (k + 1) * CHUNK)
-        spans += [range(i, min(i + batch_size, end)) for i in range(k * CHUNK, end, batch_size)]
-    order = [numbers[span.start:span.stop] for span in spans]
-    stream = load(Stream(data), order, args.workers, ranks.device)
-    bar = tqdm(total=sum(map(len, spans)), desc="caching latents", unit="img", dynamic_ncols=True,
+def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
+    """Encodes this rank's chunks, in the dtype that the cache was begun in."""
+    manifest = read_json(Path(args.cache, "manifest.json"))
+    done = open_arrays(args.cache, manifest)["done"]
+    chunks = {k: numbers[k * CHUNK:(k + 1) * CHUNK] for k in range(ranks.rank, len(done), ranks.size)
+              if not done[k]}
+    order = [rows[i:i + batch_size] for rows in chunks.values() for i in range(0, len(rows), batch_size)]
+    stream = iter(load(Stream(data), order, args.workers, ranks.device))
+    bar = tqdm(total=sum(map(len, order)), desc="caching latents", unit="img", dynamic_ncols=True,
                disable=not ranks.is_main or not chunks)
-    for span, (img, y) in zip(spans, stream):
-        img = img.to(ranks.device, non_blocking=True)           # (b,3,H,W)
-        with autocast(args, ranks):
-            for mirrored in (0, 1):
-                z = ae.encode(img.flip(3) if mirrored else img)  # (b,c,h,w)
-                z = z.half().cpu().numpy()
-                write_rows(f"{folder}/latents.npy", mirrored * n + span.start, z)
-        write_rows(f"{folder}/labels.npy", span.start, y.numpy())
-        if span.stop == n or span.stop % CHUNK == 0:
-            write_rows(f"{folder}/done.npy", span.start // CHUNK, np.ones(1, np.uint8))
-        bar.update(len(span))
+    for k, rows in chunks.items():
+        plain, mirrored, labels = [], [], []
+        for img, y in itertools.islice(stream, math.ceil(len(rows) / batch_size)):
+            img = img.to(ranks.device, non_blocking=True)       # (b,3,H,W)
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=manifest.get("dtype") == "bf16"):
+                plain.append(ae.encode(img).half().cpu())       # (b,c,h,w)
+                mirrored.append(ae.encode(img.flip(3)).half().cpu())
+            labels.append(y)
+            bar.update(len(y))
+        with writing(args.cache):
+            write_chunk(args.cache, k, len(numbers), plain, mirrored, labels)
     bar.close()
 
 
+def write_chunk(folder, k, n, *parts):
+    plain, mirrored, labels = (torch.cat(batches).numpy() for batches in parts)
+    write_rows(f"{folder}/latents.npy", k * CHUNK, plain)
+    write_rows(f"{folder}/latents.npy", k * CHUNK + n, mirrored)
+    write_rows(f"{folder}/labels.npy", k * CHUNK, labels)
+    write_rows(f"{folder}/done.npy", k, np.array([checksum(plain, mirrored, labels)], np.uint32))
+
+
+def checksum(*arrays):
+    """CRC-32 of their bytes, one after the other; never 0."""
+    crc = 0
+    for x in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(x), crc)
+    return crc or 1
+
+
 def write_rows(path, start, values):
-    """Rows of a .npy file, by plain writes: those of several nodes never clobber a page, as memory maps over
-    NFS do."""
+    """Rows of a .npy file, down to the disk, by plain writes: those of several nodes never clobber a page, as
+    memory maps over NFS do."""
     offset = np.load(path, mmap_mode="r").offset
     with open(path, "r+b") as f:
         f.seek(offset + start * values[0].nbytes)
         f.write(values.tobytes())
+        f.flush()
+        os.fsync(f.fileno())
 
 
 # ----------------------------------------------------------------------------------------------------------

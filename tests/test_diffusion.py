@@ -9,14 +9,20 @@ import ast
 import hashlib
 import json
 import math
+import os
+import pickle
 import shutil
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
@@ -322,13 +328,28 @@ def test_checkpointing_recomputes_and_gives_equal_gradients(family):
     ("DiT-Z", {}, "unknown model"), ("DiT", {}, "unknown model"), ("DiT", dict(depth=2, hidden=8), "unknown model"),
     ("UViT-T", dict(depth=3), "even"), ("USiT-T", dict(depth=3), "even"), ("DiT-T", dict(heads=5), "heads"),
     ("DiT-T", dict(hidden=6, heads=2), "by 4"), ("SiT-T", dict(size=(4, 3), patch=2), "4x3 .* --patch 2"),
-    ("SiT-T", dict(size=(3, 4), patch=2), "3x4 .* --patch 2"), ("SiT-T", dict(c=0), "c 0"),
-    ("SiT-T", dict(size=0), "size 0"), ("SiT-T", dict(patch=0), "patch 0"), ("SiT-T", dict(depth=0), "positive"),
-    ("SiT-T", dict(num_classes=-1), "not negative"), ("SiT-T", dict(width=3), "width")])
+    ("SiT-T", dict(size=(3, 4), patch=2), "3x4 .* --patch 2"), ("SiT-T", dict(width=3), "width"),
+    ("SiT-T", dict(size=(4, 4, 4)), "4x4x4"), ("SiT-T", dict(size=()), "latent"),
+    ("USiT-T", dict(depth=10**7), "depth"),
+    ("SiT-T", dict(hidden=10**6), "take a smaller network"), ("SiT-T", dict(num_classes=10**10), "smaller network"),
+    ("SiT-T", dict(size=2**20), "smaller network"), ("SiT-T", dict(c=10**10), "smaller network"),
+    ("SiT-T", dict(size=2**30, patch=2**30), "smaller network"), (None, {}, "unknown model"), ([], {}, "unknown model"),
+    *(("SiT-T", {setting: value}, f"{setting} .*whole number")                  # what a stranger's file may say
+      for setting in ("c", "size", "num_classes", "patch", "depth", "hidden", "heads")
+      for value in (-1, 2.0, math.nan, math.inf, True, "4", None, [4, 4.0], 10**13))])
 def test_bad_settings_are_one_line(name, kw, word):
+    start = time.perf_counter()
     with pytest.raises(ValueError, match=word) as e:
         build(name, **{**dict(c=8, size=4), **kw})
     assert isinstance(e.value, SystemExit) and len(str(e.value)) < 200 and "\n" not in str(e.value)
+    assert time.perf_counter() - start < 1
+
+
+def test_zero_is_refused_but_for_the_classes():
+    for setting in ("c", "size", "patch", "depth", "hidden", "heads"):
+        with pytest.raises(ValueError, match=f"{setting} 0 must be a whole number"):
+            build("SiT-T", **{**dict(c=8, size=4), setting: 0})
+    assert build("SiT-T", c=8, size=4, num_classes=0).num_classes == 0
 
 
 def test_build_says_what_it_built():
@@ -530,6 +551,90 @@ def test_hidden_channels_get_exactly_zero_gradient(family):
         grad = grad.unflatten(0, (-1, 8))                                       # ([eps, sigma], channel)
         assert (grad[:, 3:] == 0).all() and (grad[:, :3] != 0).any(dim=1).all()
     assert (stem.weight.grad[:, 3:] == 0).all() and (stem.weight.grad[:, :3] != 0).any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CUDA on a machine that has none. Fake tensors have a device, a shape and a dtype, no numbers; to mix devices is an
+# error. Forward passes only, and what depends on data is left out.
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)     # or autocast is off
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args: True)
+    caches = diffusion.ddpm_schedule, diffusion.vp_schedule                     # no fake table may stay in them
+    for cache in caches:
+        cache.cache_clear()
+    yield FakeTensorMode()
+    for cache in caches:
+        cache.cache_clear()
+
+
+class OneDevice(TorchDispatchMode):
+    """No operation takes tensors of two devices, except to copy. (Fake tensors let some pass, like table[index].)"""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves([args, kwargs or {}]) if isinstance(t, torch.Tensor) and t.ndim]
+        devices = {t.device.type for t in tensors}
+        assert len(devices) <= 1 or "copy_" in str(func), f"{func} on {sorted(devices)}"
+        return func(*args, **(kwargs or {}))
+
+
+def on_cuda(net):
+    """Within fake_cuda: a network made outside of it (U-ViT draws its weights) with fake weights on the GPU."""
+    for module in net.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                fake = torch.empty(p.shape, dtype=p.dtype, device="cuda")
+                module._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
+    return net
+
+
+def loss_on_cuda(family, fake_cuda, given=True):
+    """As the trainer computes it, in bf16 -> loss (b,), what the network was given, what its blocks computed in."""
+    net, seen, inputs = tiny(family), set(), []
+    with fake_cuda, OneDevice():
+        for layer in on_cuda(net).layers():
+            layer.mlp.register_forward_hook(lambda m, args, out: seen.add((out.device.type, out.dtype)))
+        net.register_forward_pre_hook(lambda m, args: inputs.extend(args))
+        n = torch.arange(3, device="cuda")
+        z = torch.randn(3, 8, 4, 4, device="cuda").half().float()
+        u = diffusion.uniform(3, 0, diffusion.TIME, n)
+        kw = dict(t=draw_t(net, u), noise=diffusion.gaussian(z.shape, 0, diffusion.NOISE, n)) if given else {}
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = training_loss(net, z, n, c_prime=3, reduction="none", **kw)
+    return loss, inputs, seen
+
+
+@pytest.mark.parametrize("family", TIMES)
+def test_training_runs_on_cuda(fake_cuda, family):
+    for given in (True, False):                                                 # time and noise: drawn inside
+        loss, (z_t, t, y), seen = loss_on_cuda(family, fake_cuda, given)
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.shape == (3,)
+        assert {x.device.type for x in (z_t, t, y)} == {"cuda"} and z_t.dtype == torch.float32
+        assert t.dtype == (torch.float32 if family in ("SiT", "USiT") else torch.int64)
+        assert seen == {("cuda", torch.bfloat16)}
+    with fake_cuda, OneDevice():                                                # keys that are ints
+        assert gaussian((3, 2), 0, 1, device="cuda").device.type == uniform(3, 0, device="cuda").device.type == "cuda"
+
+
+@pytest.mark.parametrize("family, name, wrong", [
+    ("SiT", "channel_mask", lambda c, c_prime, device: torch.ones(1, c, 1, 1)),
+    ("DiT", "ddpm_schedule", lambda kept, device, dtype, real=diffusion.ddpm_schedule: real(kept, "cpu", dtype)),
+    ("UViT", "vp_schedule", lambda device, dtype, real=diffusion.vp_schedule: real("cpu", dtype)),
+    ("USiT", "timestep_embedding", lambda t, dim, dtype, real=timestep_embedding: real(t.to("cpu"), dim, dtype)),
+    ("USiT", "gaussian", lambda shape, *key: torch.zeros(shape)),
+    ("SiT", "draw_t", lambda net, u: torch.zeros(3))])
+def test_one_tensor_left_on_the_cpu_fails(monkeypatch, fake_cuda, family, name, wrong):
+    monkeypatch.setattr(diffusion, name, wrong)
+    monkeypatch.setitem(globals(), name, wrong)
+    with pytest.raises(Exception, match="cpu"):
+        loss_on_cuda(family, fake_cuda)
+
+
+def test_one_tensor_of_the_wrong_dtype_shows(monkeypatch, fake_cuda):
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: True)    # no autocast
+    with pytest.warns(UserWarning, match="autocast"):
+        assert loss_on_cuda("SiT", fake_cuda)[2] == {("cuda", torch.float32)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -776,6 +881,108 @@ def test_a_hub_name_is_downloaded_where_there_is_no_such_path(tmp_path, monkeypa
     (Path(name) / "extra.safetensors").write_bytes(b"")
     torch.save({}, Path(name) / "extra.pt")
     assert same(from_pretrained(name, heads=2), net)
+
+
+def test_names_behind_the_prefixes_of_ddp_and_compile(tmp_path):
+    net = tiny("USiT")
+    ours = dict(kind="diffusion", config=net.config)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        state = {prefix + k: v for k, v in net.state_dict().items()}
+        torch.save({**ours, "ema": state}, tmp_path / "ckpt.pt")
+        torch.save(state, tmp_path / "uvit.pt")
+        assert same(from_pretrained(tmp_path / "ckpt.pt"), net)
+        assert same(from_pretrained(tmp_path / "uvit.pt", name="USiT", heads=2), net)
+    state = {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in net.state_dict().items()}    # block by block
+    torch.save({**ours, "model": state}, tmp_path / "ckpt.pt")
+    assert any("_orig_mod" in k for k in state) and same(from_pretrained(tmp_path), net)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    net = tiny("USiT")
+    file = dict(kind="diffusion", config=net.config, model=net.state_dict())
+    torch.save({**file, "step": 3}, tmp_path / "ckpt_prev.pt")
+    for damaged in (b"", b"no zip"):
+        (tmp_path / "ckpt.pt").write_bytes(damaged)
+        for x in (tmp_path, tmp_path / "ckpt.pt"):
+            got = from_pretrained(x)
+            assert same(got, net) and got.info["step"] == 3
+            line = capsys.readouterr().err
+            assert "ckpt.pt" in line and "ckpt_prev.pt" in line and line.count("\n") == 1
+    (tmp_path / "ckpt.pt").unlink()
+    assert same(from_pretrained(tmp_path), net)                                 # killed between two renames
+
+
+class Payload:
+    """What a pickle can do: run a command when it is read."""
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def strange():
+    """Entries that a stranger may have put into a checkpoint of ours, in the place of the right ones."""
+    net = tiny("USiT")
+    config, state = net.config, net.state_dict()
+    first = next(iter(state))
+    cases = dict(
+        no_config=dict(config=None), list_config=dict(config=[1, 2]), no_model=dict(model=None),
+        list_model=dict(model=[1, 2]), empty_model=dict(model={}), number_kind=dict(kind=7), dict_kind=dict(kind=state),
+        unknown=dict(config={**config, "flavour": 1}), number_key=dict(config={**config, 3: 1}),
+        entry={3: 1}, scale=dict(scale=math.nan), scale_0=dict(scale=0.0), scale_text=dict(scale="wide"),
+        ae=dict(ae=7), classes=dict(classes=5), image_size=dict(image_size="32"), step=dict(step=None, ae_hash=3))
+    for key in config:
+        cases[f"no_{key}"] = dict(config={k: v for k, v in config.items() if k != key})
+        cases[f"{key}_list"] = dict(config={**config, key: [1, 2, 3]})
+        cases[f"{key}_huge"] = dict(config={**config, key: 10**7})
+    pib = 2**50
+    claims = dict(expanded=torch.zeros(1).expand(pib), sparse=torch.sparse_coo_tensor([[0]], [0.0], (pib,)),
+                  meta=torch.empty(pib, device="meta"), number=3, text="x", none=None, dataless=state[first].to("meta"))
+    for name, claim in claims.items():
+        cases[f"tensor_{name}"] = dict(model={**state, first: claim})
+        wide = {k: claim.view(1, -1, 1) if name == "expanded" and k == "pos_embed" else v for k, v in state.items()}
+        cases[f"pos_embed_{name}"] = dict(model={**wide, "3": claim})
+    return net, cases
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_a_strangers_checkpoint_holds_is_one_line(tmp_path):
+    net, cases = strange()
+    cases = {k: v for k, v in cases.items() if k not in ("no_num_classes", "no_patch")}     # these have defaults
+    for name, entries in cases.items():
+        file = dict(kind="diffusion", config=net.config, model=net.state_dict(), scale=1.0)
+        torch.save({**file, **entries}, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match=f"{name}.pt") as e:
+            from_pretrained(tmp_path / f"{name}.pt")
+        assert isinstance(e.value, SystemExit), name
+        assert len(str(e.value)) < 200 and "\n" not in str(e.value), name
+    state = net.state_dict()
+    for key in ("pos_embed", "patch_embed.proj.weight", "label_emb.embedding_table.weight", "decoder_pred.weight"):
+        for value in (5, *map(torch.zeros, ((), 3, (0, 0, 0, 0))), torch.zeros(1).expand(2**40, 2, 2, 2)):
+            torch.save({**state, key: value}, tmp_path / "published.pt")
+            with pytest.raises(ValueError, match="published.pt") as e:
+                from_pretrained(tmp_path / "published.pt", name="USiT", heads=2)
+            assert isinstance(e.value, SystemExit) and len(str(e.value)) < 200 and "\n" not in str(e.value), key
+
+
+def test_no_file_runs_code(tmp_path):
+    marker = tmp_path / "ran"
+    payload = Payload(marker)
+    net = tiny("DiT")
+    ours = dict(kind="diffusion", config=net.config, model=net.state_dict())
+    for name, content in dict(bare=payload, config={**ours, "config": payload}, entry={**ours, "note": payload},
+                              published={**net.state_dict(), "blocks": payload}).items():
+        for old in (False, True):                                               # the two formats of torch.save
+            torch.save(content, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=not old)
+            with pytest.raises(ValueError, match=f"{name}.pt"):
+                from_pretrained(tmp_path / f"{name}.pt", heads=2)
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(payload))
+    with pytest.raises(ValueError, match="safetensors"):
+        from_pretrained(tmp_path / "model.safetensors")
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(payload))
+    assert marker.exists()                                                      # the payload itself works
 
 
 def test_bad_files_are_one_line(tmp_path, monkeypatch):

@@ -3,10 +3,13 @@
 Scores go wrong in the same few ways everywhere: each of these traps is named in a sentence where it is tested.
 """
 
+import errno
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -970,6 +973,531 @@ def test_two_ranks_equal_one_process(sets, tiny, capsys, tmp_path):
     assert np.allclose(np.load(tmp_path / "b.npz")["mu"], Tiny()(sets.b)[0].double().mean(0), rtol=1e-6)
     distance, n = alone.split()
     assert float(distance) < 1e-9 and n == "29" and modules == "[]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of strangers: nothing in them is run
+
+
+class Payload:
+    """Unpickled, it makes a folder: proof that code of a file ran."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def pickled(thing):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return buffer.getvalue()
+
+
+def rewritten(source, path, change):
+    """A copy of a zip: change(members: {name without its root: bytes}) may do what it likes to them."""
+    with zipfile.ZipFile(source) as z:
+        root = z.namelist()[0].split("/")[0]
+        members = {name.removeprefix(root + "/"): z.read(name) for name in z.namelist()}
+    change(members)
+    with zipfile.ZipFile(path, "w") as z:
+        for name, data in members.items():
+            z.writestr(f"{root}/{name}", data)
+    return str(path)
+
+
+def edited_json(name, edit):
+    """A change of rewritten: edit(what the JSON member holds)."""
+    def change(members):
+        content = json.loads(members[name])
+        edit(content)
+        members[name] = json.dumps(content).encode()
+    return change
+
+
+def legacy(source, path, weights=None):
+    """The file of torch.export.save until torch 2.7, from a program of today."""
+    from torch._export.serde.serialize import serialize
+    parts = serialize(torch.export.load(source))
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("version", "8.20")
+        z.writestr("serialized_exported_program.json", parts.exported_program)
+        z.writestr("serialized_state_dict.pt", weights or parts.state_dict)
+        z.writestr("serialized_constants.pt", parts.constants)
+        z.writestr("serialized_example_inputs.pt", parts.example_inputs)
+    return str(path)
+
+
+def hostile_networks(tiny, folder, marker):
+    """{what is wrong: file}. torch.export.load runs most of them; the rest are its other ways to names and text."""
+    payload, code = pickled(Payload(marker)), f"__import__('os').mkdir({str(marker)!r})"
+    model, weights = "models/model.json", "data/weights/model_weights_config.json"
+    constants = "data/constants/model_constants_config.json"
+
+    def node(target, *inputs):
+        given = [{"name": name, "arg": arg, "kind": 1 + (name == "dtype")} for name, arg in inputs]
+        return {"target": target, "outputs": [{"as_none": True}], "metadata": {}, "is_hop_single_tensor_return": None,
+                "name": "x", "inputs": given}
+
+    def calls(target, *inputs):
+        def add(program):
+            graph = program["graph_module"]["graph"]
+            given = [spec["user_input"]["arg"] for spec in program["graph_module"]["signature"]["input_specs"]
+                     if "user_input" in spec]
+            graph["nodes"].insert(0, node(target, *[(name, arg or given[0]) for name, arg in inputs]))
+        return edited_json(model, add)
+
+    def input_meta(program):
+        graph = program["graph_module"]["graph"]
+        name = next(arg["as_tensor"]["name"] for arg in graph["inputs"] if arg["as_tensor"]["name"] == "img")
+        return graph["tensor_values"][name]
+
+    def expression(program):
+        input_meta(program)["sizes"][0] = {"as_expr": {"expr_str": code, "hint": {"as_int": 3}}}
+
+    def guards(program):
+        program["guards_code"] = [code]
+
+    def name(program):
+        text = json.dumps(program["graph_module"]["graph"])
+        renamed = f"mean={code}, mean"
+        program["graph_module"]["graph"] = json.loads(text.replace('"mean"', json.dumps(renamed)))
+
+    def pickled_weight(config):
+        config["config"]["w"].update(use_pickle=True, path_name="weight_9")
+
+    def constant(path_name):
+        def change(members):
+            opaque = "opaque" in path_name
+            members["data/constants/" + path_name] = pickle.dumps(Payload(folder / "ran")) if opaque else payload
+            edited_json(constants, lambda config: config["config"].update(
+                w={"path_name": path_name, "is_param": False, "use_pickle": True, "tensor_meta": None}))(members)
+        return change
+
+    def weight_9(members):
+        members["data/weights/weight_9"] = payload
+        edited_json(weights, pickled_weight)(members)
+
+    marker = {"as_string": str(marker)}
+    changes = {
+        "sample inputs": lambda members: members.update({"data/sample_inputs/model.pt": payload}),
+        "pickled weight": weight_9,
+        "pickled constant": constant("tensor_9"), "opaque constant": constant("opaque_obj_0"),
+        "custom constant": constant("custom_obj_0"),
+        "old weights": lambda members: members.update({"data/weights/model.pt": payload}),
+        "os": calls("torch.os.mkdir", ("", marker)),
+        "library": calls("torch.ops.load_library", ("", marker)),
+        "call": calls("_operator.call", ("", {"as_operator": "torch.os.mkdir"}), ("", marker)),
+        "method": calls("torch.ops.aten.save.op", ("", None), ("", marker)),
+        "save": calls("torch.ops.aten.save.default", ("item", None), ("filename", marker)),
+        "map": calls("torch.ops.aten.from_file.default", ("filename", marker), ("shared", {"as_bool": True}),
+                     ("size", {"as_int": 4}), ("dtype", {"as_scalar_type": 1})),
+        "expression": edited_json(model, expression), "guards": edited_json(model, guards),
+        "name": edited_json(model, name),
+        "compiled": lambda members: members.update({"data/aotinductor/model/net.so": b"\x7fELF"}),
+    }
+    files = {what: rewritten(tiny, folder / f"{i}.pt2", change) for i, (what, change) in enumerate(changes.items())}
+    files["legacy"] = legacy(tiny, folder / "legacy.pt2", payload)
+    for what, data in (("saved", payload), ("pickle", pickle.dumps(Payload(marker["as_string"])))):
+        files[what] = str(folder / f"{what}.pt2")
+        Path(files[what]).write_bytes(data)
+    return files
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle")
+def test_no_file_runs_code(sets, tiny, weights, capsys, tmp_path):
+    """torch.export.load unpickles sample inputs, weights and constants, evaluates text, and calls by name."""
+    marker = tmp_path / "ran"
+    assert pickle.loads(pickle.dumps(Payload(marker))) is None and marker.is_dir()
+    marker.rmdir()
+    loads = {"guards", "compiled"}                              # what is not read, does no harm
+    want = expected(sets.a, sets.b)["fid"]
+    for what, file in hostile_networks(tiny, tmp_path, marker).items():
+        flags = (sets.a_npz, sets.b_npz, "--features", file, "--metrics", "fid", "--allow_small")
+        if what in loads:
+            assert run(capsys, *flags)[0]["fid"] == pytest.approx(want, rel=1e-5), what
+        else:
+            with pytest.raises(InputError, match=Path(file).name):
+                run(capsys, *flags)
+        assert not marker.exists(), what
+
+    objects = np.array([Payload(marker)], dtype=object)
+    np.savez(tmp_path / "images.npz", arr_0=objects)
+    np.savez(tmp_path / "mu.npz", mu=objects, sigma=np.eye(6))
+    np.savez(tmp_path / "meta.npz", mu=np.zeros(6), sigma=np.eye(6), meta=objects)
+    np.save(tmp_path / "array.npy", objects)
+    torch.save({"fc.weight": Payload(marker)}, tmp_path / "weights.pth")
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(Payload(marker)))
+    for name in ("images.npz", "mu.npz", "meta.npz", "array.npy"):
+        for sides in ((tmp_path / name, sets.b_npz), (sets.b_npz, tmp_path / name)):
+            with pytest.raises(InputError, match=name):
+                run(capsys, *sides, "--features", tiny, "--allow_small")
+    for name in ("weights.pth", "weights.pkl"):
+        with pytest.raises(InputError, match=name):
+            fid.load_extractor(tmp_path / name)
+    assert not marker.exists()
+
+
+class Everything(torch.nn.Module):
+    """What exported networks are made of: several outputs, lists, constants, sizes, blocks of their own."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.tied = self.conv
+        self.register_buffer("mean", torch.rand(3, 1, 1, generator=g), persistent=False)
+        for p in self.parameters():
+            p.data.normal_(0, 0.3, generator=g)
+
+    def forward(self, img):
+        x = img.permute(0, 3, 1, 2) / 255 - self.mean
+        x = torch.nn.functional.interpolate(x, size=(12, 12), mode="bicubic", antialias=True, align_corners=False)
+        with torch.no_grad():
+            x = self.norm(self.conv(x)).relu_()
+            with torch.autocast("cpu", torch.bfloat16):
+                x = x + self.tied(x[:, [0, 3, 5]])
+        x = x.float().to(memory_format=torch.channels_last)
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        low, high = tokens.chunk(2, 1)
+        best, where = high.max(1)
+        area = img.shape[1] * img.shape[2] // 2
+        weight = torch.tensor([1.0, 2.0]) / area + torch.arange(2, device=img.device)
+        weight = weight + torch.zeros(2).fill_(math.inf).exp().reciprocal()           # 0
+        features = torch.cat([low.mean(1) * weight.sum(), best, where.to(torch.float16)], 1)
+        return features, torch.einsum("bi,bj->bij", features, features).flatten(1)[:, :30]
+
+
+def test_honest_networks_give_what_they_gave(tiny, tmp_path):
+    net, d = Everything().eval(), torch.export.Dim.DYNAMIC
+    example = torch.zeros(3, 16, 18, 3, dtype=torch.uint8)
+    program = torch.export.export(net, (example,), dynamic_shapes=({0: d, 1: d, 2: d},))
+    torch.export.save(program, str(tmp_path / "all.pt2"))
+    torch.export.save(program.run_decompositions(), str(tmp_path / "core.pt2"))
+    legacy(str(tmp_path / "all.pt2"), tmp_path / "legacy.pt2")
+    with zipfile.ZipFile(tmp_path / "all.pt2") as old, zipfile.ZipFile(tmp_path / "zip.pt2", "w", 8) as new:
+        for name in old.namelist():                             # compressed
+            new.writestr(name, old.read(name))
+    img = pictures(5, 0, 24, 20)
+    with torch.no_grad():
+        want = net(img)
+    for name in ("all", "core", "legacy", "zip"):
+        for _ in range(2):                                      # and again: nothing of it has changed
+            got = fid.load_extractor(features=str(tmp_path / f"{name}.pt2"))(img)
+            for a, b in zip(got, want):
+                assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), name
+    with pytest.raises(InputError, match="sparse.pt2.*target torch.ops.aten._sparse"):
+        bad = edited_json("models/model.json", lambda program: program["graph_module"]["graph"]["nodes"][0].update(
+            target="torch.ops.aten._sparse_coo_tensor_unsafe.default"))
+        fid.load_extractor(features=rewritten(tiny, tmp_path / "sparse.pt2", bad))
+
+
+def test_no_flipped_bit_of_a_network_goes_unseen(tiny, tmp_path):
+    """torch.export.load checks no sum of the zip."""
+    data, img = Path(tiny).read_bytes(), pictures(2, 0, 16, 16)
+    want = fid.load_extractor(features=tiny)(img)
+    refused = 0
+    for at in np.random.RandomState(0).randint(0, len(data), 60):
+        (tmp_path / "bit.pt2").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1:])
+        try:
+            got = fid.load_extractor(features=str(tmp_path / "bit.pt2"))(img)
+        except InputError as e:
+            refused += "bit.pt2" in str(e)
+            continue
+        assert all(torch.equal(a, b) for a, b in zip(got, want)), at                # of what is not read
+    assert refused > 20
+    with zipfile.ZipFile(tiny) as z:
+        start = data.index(z.read(next(name for name in z.namelist() if name.endswith("weight_0"))))
+    (tmp_path / "bit.pt2").write_bytes(data[:start] + bytes([data[start] ^ 4]) + data[start + 1:])
+    with pytest.raises(InputError, match="bit.pt2.*BadZipFile"):
+        fid.load_extractor(features=str(tmp_path / "bit.pt2"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA without a GPU: fake tensors have its device and know what does not go together
+
+
+class OnDevice(torch.nn.Module):
+    """Makes tensors of its own: of the device of its input, of a burnt-in one, and constants."""
+
+    def forward(self, img):
+        x = img.float().mean((1, 2)) + torch.arange(3, device=img.device) + torch.arange(3)
+        x = x + torch.tensor([1.0, 2.0, 3.0])
+        return x, x.half()
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_networks_and_metrics_run_on_cuda(tiny, tmp_path, monkeypatch):
+    """A GPU is "cuda:0", a CPU tensor beside one of its own is an error, and autocast or TF32 must be off."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    fixed = export(tmp_path / "fixed.pt2", nchw=True, batch=2, size=(16, 16))
+    own = export(tmp_path / "own.pt2", net=OnDevice())
+    inceptions = [fid.load_extractor("random", resize=resize) for resize in ("tf", "torch")]
+    cuda, img, modes = torch.device("cuda", 0), torch.zeros(3, 16, 16, 3, dtype=torch.uint8), []
+    move = torch.export.passes.move_to_device_pass
+
+    def fake_move(program, device):                             # among the fake tensors that a program has already
+        modes.append(next(node.meta["val"].fake_mode for node in program.graph.nodes if node.op == "placeholder"))
+        modes[-1].allow_non_fake_inputs = True
+        with modes[-1]:
+            return move(program, device)
+
+    def look(extract, dims):
+        for pixels in (torch.zeros(3, 16, 16, 3, dtype=torch.uint8), img.to("cuda")):
+            for out, d in zip(extract(pixels), dims, strict=True):
+                assert (out.device, out.dtype, out.shape) == (cuda, torch.float32, (3, d))
+
+    monkeypatch.setattr(torch.export.passes, "move_to_device_pass", fake_move)
+    for file, dims in ((tiny, (6, 10)), (fixed, (6, 10)), (own, (3, 3))):
+        extract = fid.load_extractor(features=file, device="cuda")
+        with modes[-1]:
+            look(extract, dims)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cuda", torch.bfloat16):
+        for extract in inceptions:
+            extract.net.to("cuda")
+            extract.device = torch.device("cuda")
+            look(extract, (2048, 1008))
+        features, m = extract(img)[0], fid.Moments()
+        m.update(features)
+        m.update(features)
+        assert m.mean.device == m.cov.device == cuda and m.cov.dtype == torch.float64
+        x, y = img.to("cuda"), img.to("cuda")
+        assert fid.psnr(x, y).device == fid.ssim(x, y).device == cuda
+        assert fid.ssim(x, y).dtype == torch.float32
+        with pytest.raises(Exception, match="cuda.*cpu|cpu.*cuda|[Dd]evice"):         # and the check itself can fail
+            fid.psnr(x, img)
+
+        monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)                   # fake numbers have no value
+        monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: True)
+        rows = features[:, :5].repeat(3, 1)
+        assert fid.precision_recall(rows, rows[:7], rows=4) == (0.5, 0.5)
+        assert fid.frechet_distance(m.mean, m.cov, m.mean, m.cov) == 0.5
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing silently wrong
+
+
+def test_statistics_that_cannot_be_are_refused(sets, tiny, capsys, tmp_path):
+    """A matrix with an eigenvalue below 0 is no covariance: its "distance" was 0.0. Rounding to float32 is allowed."""
+    f = Tiny()(sets.b)[0].double().numpy()
+    mu, sigma = f.mean(0), np.cov(f, rowvar=False)
+    values, vectors = np.linalg.eigh(sigma)
+    below = values.copy()
+    below[0] = -2e-6 * values[-1]
+    skew = sigma.copy()
+    skew[0, 1] += 1e-4 * values[-1]
+    how = {"n": 29, "size": [24, 24], "features": "tiny", "features_hash": fid.file_hash(tiny), "resize": "own"}
+    bad = {
+        "negative": dict(mu=mu, sigma=(vectors * below) @ vectors.T), "minus": dict(mu=mu, sigma=-sigma),
+        "skew": dict(mu=mu, sigma=skew), "nan mu": dict(mu=mu * np.nan, sigma=sigma),
+        "inf": dict(mu=mu, sigma=sigma * np.inf), "empty": dict(mu=mu[:0], sigma=sigma[:0, :0]),
+        "complex": dict(mu=mu + 0j, sigma=sigma), "text": dict(mu=mu.astype(str), sigma=sigma),
+        "huge": dict(mu=mu + 1e200, sigma=sigma), "wide": dict(mu=mu, sigma=np.eye(6) * 1e308),
+        **{f"meta {i}": dict(mu=mu, sigma=sigma, meta=json.dumps(meta)) for i, meta in enumerate((
+            [], 5, "text", {"n": 5}, {**how, "n": "29"}, {**how, "n": 29.5}, {**how, "n": -3}, {**how, "size": 24},
+            {**how, "size": "24"}, {**how, "size": [24, None]}, {**how, "size": [24, 24, 3]},
+            {**how, "features_hash": 7}, {**how, "resize": ["tf"]}, {**how, "features": None},
+            {**how, "n": math.nan}))},
+        "no json": dict(mu=mu, sigma=sigma, meta="tf"), "deep": dict(mu=mu, sigma=sigma, meta="[" * 100_000),
+    }
+    flags = ("--features", tiny, "--allow_small", "--metrics", "fid")
+    for what, arrays in bad.items():
+        np.savez(tmp_path / "bad.npz", **arrays)
+        with pytest.raises(InputError) as e:
+            run(capsys, sets.flat, tmp_path / "bad.npz", *flags)
+        assert len(str(e.value)) < 200 and (what in ("huge", "wide") or "bad.npz" in str(e.value)), (what, str(e.value))
+    # What is only rounded, stored the other way round, or truly singular, is right
+    want = expected(sets.a, sets.b)["fid"]
+    singular = (vectors * np.where(values < values[2], 0, values)) @ vectors.T
+    for dtype in (">f8", "<f8", ">f4", "f4"):
+        np.savez(tmp_path / "good.npz", mu=mu.astype(dtype), sigma=sigma.astype(dtype), meta=json.dumps(how))
+        out, _ = run(capsys, sets.flat, tmp_path / "good.npz", *flags)
+        assert out["fid"] == pytest.approx(want, rel=1e-5) and out["n_reference"] == 29, dtype
+    np.savez(tmp_path / "good.npz", mu=mu, sigma=singular.astype("f4"))
+    out, _ = run(capsys, sets.flat, tmp_path / "good.npz", *flags)
+    g = Tiny()(sets.a)[0].double().numpy()
+    from scipy.linalg import sqrtm
+    sa = np.cov(g, rowvar=False)
+    exact = ((g.mean(0) - mu) ** 2).sum() + np.trace(sa + singular - 2 * sqrtm(sa @ singular).real)
+    assert out["fid"] == pytest.approx(exact, rel=1e-3)
+
+
+def test_psnr_is_the_mean_of_the_finite_ones_and_json_stays_json(sets, tiny, capsys, tmp_path):
+    """Equal pictures (blank pages) have a PSNR of infinity; one of them made the mean infinite, which JSON has not."""
+    x, y = sets.a.numpy().copy(), sets.b.numpy().copy()
+    x[[2, 7, 28]] = y[[2, 7, 28]]
+    np.savez(tmp_path / "x.npz", x)
+    np.savez(tmp_path / "y.npz", y)
+    finite = np.delete(np.arange(29), [2, 7, 28])
+    want = psnr_by_hand(torch.from_numpy(x[finite]), torch.from_numpy(y[finite])).mean()
+    out, text = run(capsys, tmp_path / "x.npz", tmp_path / "y.npz", "--metrics", "psnr,ssim", "--batch_size", 4)
+    agree(out, {"psnr": want, "psnr_n": 26, "ssim": ssim_by_hand(torch.from_numpy(x), torch.from_numpy(y)).mean()})
+    assert "PSNR inf of 3 equal pairs" in text
+    same = (tmp_path / "x.npz", tmp_path / "x.npz")
+    out, text = run(capsys, *same, "--metrics", "psnr", "--json", tmp_path / "out.json")
+    agree(out, {"psnr": None, "psnr_n": 0})
+    assert "Infinity" not in (tmp_path / "out.json").read_text()
+
+    class Broken(torch.nn.Module):
+        def forward(self, img):
+            x = img.float().mean((1, 2))
+            return x, (x - x) / (x - x)
+
+    net = export(tmp_path / "nan.pt2", net=Broken())
+    with pytest.raises(InputError, match="nan gives numbers that are not finite"):    # never "is": NaN
+        run(capsys, sets.flat, sets.b_npz, "--features", net, "--metrics", "is", "--allow_small")
+
+
+def test_damaged_and_odd_npz_are_one_line(sets, tiny, capsys, tmp_path):
+    """np.savez files have checksums, which a map of the file does not see."""
+    for name, save in (("plain", np.savez), ("small", np.savez_compressed)):
+        save(tmp_path / f"{name}.npz", sets.a.numpy())
+        data = bytearray((tmp_path / f"{name}.npz").read_bytes())
+        data[len(data) // 2] ^= 1
+        (tmp_path / f"{name}.npz").write_bytes(data)
+    np.savez(tmp_path / "none.npz")
+    np.savez(tmp_path / "zero.npz", sets.a.numpy()[:0])
+    np.savez(tmp_path / "flat.npz", sets.a.numpy()[:, :0])
+    np.savez(tmp_path / "float.npz", sets.a.numpy().astype(">f8"))
+    with zipfile.ZipFile(tmp_path / "lie.npz", "w") as z:       # says 10^12 images
+        header = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 24, 24, 3), }".ljust(117) + "\n"
+        z.writestr("arr_0.npy", np.lib.format.magic(1, 0) + (118).to_bytes(2, "little") + header.encode())
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name in ("plain", "small", "none", "zero", "flat", "float", "lie", "pipe"):
+        with pytest.raises(InputError, match=f"{name}.npz") as e:
+            run(capsys, tmp_path / f"{name}.npz", sets.b_npz, "--features", tiny, "--allow_small")
+        assert len(str(e.value).replace(str(tmp_path), "")) < 200
+
+
+def test_one_walk_of_folders(sets, capsys, tmp_path):
+    """Symlinked classes count as in training; hidden folders, and what a link shows a second time, do not."""
+    folder = Path(save_folder(tmp_path / "set", sets.a[:6], nested=True))             # class0, class1, class2: 2 each
+    save_folder(tmp_path / "elsewhere", sets.a[:3])
+    os.symlink(tmp_path / "elsewhere", folder / "linked")
+    os.symlink("..", folder / "class0" / "up")
+    os.symlink(".", folder / "class0" / "again")
+    save_folder(folder / ".ipynb_checkpoints", sets.a[:4])
+    (folder / "class1" / "0001.png").rename(folder / "class1" / "0001.PNG")
+    images = fid.ImageSet(folder)
+    relative = [os.path.relpath(path, folder) for path in images.data]
+    linked = [f"linked/{i:04}.png" for i in range(3)]
+    assert relative == ["class0/0000.png", "class0/0003.png", "class1/0001.PNG", "class1/0004.png", "class2/0002.png",
+                        "class2/0005.png", *linked]
+
+
+def test_files_that_change_or_fail_while_scoring(sets, monkeypatch, tmp_path):
+    """A map of a file that became shorter ends the process by SIGBUS; an error of the system is tried again."""
+    import ae
+    monkeypatch.setattr(ae, "WAITS", (0, 0, 0))
+    folder = Path(save_folder(tmp_path / "set", sets.a[:6]))
+    np.savez(tmp_path / "set.npz", sets.a.numpy())
+    images, pixels = fid.ImageSet(folder), fid.ImageSet(tmp_path / "set.npz")
+    fails = [0]
+
+    def at_times(read):
+        def wrapped(*args, **kwargs):
+            fails[0] += 1
+            if fails[0] % 3:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(*args, **kwargs)
+        return wrapped
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "read_bytes", at_times(Path.read_bytes))
+        m.setattr(np, "fromfile", at_times(np.fromfile))
+        for data in (images, pixels):
+            assert torch.equal(torch.cat(list(fid.read_batches(data, 2)))[:6], sets.a[:6])
+        m.setattr(np, "fromfile", lambda path, *args, **kwargs: open(f"{path}.gone"))
+        with pytest.raises(InputError, match="set.npz.gone: No such file"):
+            list(fid.read_batches(pixels))
+    (folder / "0001.png").unlink()
+    (folder / "0003.png").write_bytes(b"")
+    (folder / "0004.png").write_bytes((folder / "0005.png").read_bytes()[:300])
+    for i, why in ((1, "No such file"), (3, "not a readable image"), (4, "not a readable image")):
+        with pytest.raises(InputError, match=f"000{i}.png: {why}"):
+            images.read([i])
+    os.truncate(tmp_path / "set.npz", 30_000)
+    with pytest.raises(InputError, match=r"set.npz \[28\]: not a readable image \(the file has changed\)"):
+        pixels.read([28])
+    np.savez(tmp_path / "set.npz", sets.b.numpy())              # as long as before
+    os.utime(tmp_path / "set.npz", ns=(0, 0))
+    with pytest.raises(InputError, match="the file has changed"):
+        pixels.read([0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before any work
+
+
+def test_wrong_flags_are_said_before_the_work(sets, tiny, weights, monkeypatch, capsys, tmp_path):
+    """Every flag of fid.py, wrong in its ways: one line that names it, no traceback, nothing computed before."""
+    def never(*args, **kwargs):
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr(fid, "measure", never)
+    monkeypatch.setattr(fid, "pairwise", never)
+    (tmp_path / "folder").mkdir()
+    for n in (1, 2):
+        save_folder(tmp_path / f"few{n}", sets.a[:n])
+    np.savez(tmp_path / "one.npz", sets.a[:1].numpy())
+    flat, few = str(tmp_path / "few2"), ("--allow_small",)
+    net = ("--features", tiny, *few)
+    wrong = {
+        "--metrics": ["", "fid,", "FID", "fid,kid", " fid"],
+        "--num": ["0", "-1", "nan", "inf", "1.5", "", "1e3", str(2 ** 70), str(10 ** 30)],
+        "--image_size": ["0", "-8", "nan", "1.5", "", str(10 ** 9), str(2 ** 70)],
+        "--batch_size": ["0", "-1", "nan", "", str(10 ** 9), str(2 ** 70)],
+        "--workers": ["-1", "nan", "", str(10 ** 6)],
+        "--device": ["nonsense", "cuda:99", "", "meta", "cpu:x"],
+        "--resize": ["", "bilinear", "299"],
+        "--inception": ["", f"{tmp_path}/nowhere/x.pth", str(tmp_path / "folder"), "inception"],
+        "--features": ["", f"{tmp_path}/nowhere/x.pt2", str(tmp_path / "folder"), "default"],
+        "--json": [f"{tmp_path}/nowhere/x", str(tmp_path / "folder"), f"{flat}/0000.png/x.json"],
+        "--save_stats": [f"{tmp_path}/nowhere/x.npz", "x", "", f"{flat}/0000.png/x.npz", "x.npy"],
+    }
+    cases = [([flat, flat, *few, flag, value], flag[2:]) for flag, values in wrong.items() for value in values]
+    cases += [
+        ([], "samples"), ([flat], "REFERENCE"), ([flat, flat, "--nonsense", "1"], "nonsense"), ([flat] * 3, "few2"),
+        ([flat, flat, "--num"], "num"), ([f"{tmp_path}/a", flat, *net], "/a: want"),
+        ([flat, f"{tmp_path}/b", *net], "/b: want"), (["", flat, *net], "want a folder"),
+        ([f"{tmp_path}/folder", flat, *net], "folder: 0 images"),
+        ([flat, f"{tmp_path}/few1", *net], "few1: one image"),
+        ([f"{tmp_path}/one.npz", flat, *net], "one.npz: one image"),
+        ([flat, flat, "--num", "1", *net], "few2: one image"),
+        ([flat, sets.flat, "--metrics", "fid,psnr", *net], "equally many"),
+        ([f"{tmp_path}/few1", "--save_stats", f"{tmp_path}/x.npz", *net], "few1: one image"),
+        (["toy", flat, "--num", "2000000", *net], "--num 2000000"), ([flat, flat, "--features", tiny], "--allow_small"),
+        ([flat, flat, "--features", tiny, "--resize", "torch", *few], "--resize"),
+        ([flat, flat, "--features", tiny, "--inception", "random", *few], "--inception"),
+        ([flat, flat, "--features", str(weights), *few], "random.pth"),
+        ([flat, flat, "--inception", tiny, *few], "tiny.pt2"),
+        (["/dev/zero", flat, *net], "/dev/zero"), (["/etc/passwd", flat, *net], "/etc/passwd"),
+    ]
+    for argv, match in cases:
+        capsys.readouterr()
+        with pytest.raises(InputError) as e:
+            fid.main(["--workers", "0", *argv])
+        line = str(e.value).replace(str(tmp_path), "").replace(str(sets.root), "")
+        assert match in str(e.value) and "\n" not in line and len(line) < 200, (argv, line)
+        assert e.value.code not in (0, None)                    # as SystemExit: the line, and exit code 1
+
+
+def test_ssim_of_small_images_is_left_out_with_a_word(sets, tiny, capsys, tmp_path):
+    np.savez(tmp_path / "a.npz", sets.a[:, :10].numpy())
+    np.savez(tmp_path / "b.npz", sets.b[:, :10].numpy())
+    flags = (tmp_path / "a.npz", tmp_path / "b.npz", "--features", tiny, "--allow_small")
+    out, text = run(capsys, *flags, *ALL)
+    agree(out, {"psnr": psnr_by_hand(sets.a[:, :10], sets.b[:, :10]).mean(), "psnr_n": 29})
+    assert out["fid"] > 0 and "ssim" not in out and "note: no ssim: its window is 11 pixels wide" in text
+    out, text = run(capsys, *flags, "--metrics", "ssim")
+    assert out["notes"] == ["no ssim: its window is 11 pixels wide"]
+    one = save_folder(tmp_path / "one", sets.a[:1]), save_folder(tmp_path / "other", sets.b[:1])
+    out, _ = run(capsys, *one, "--metrics", "psnr,ssim")        # one pair is enough for these
+    agree(out, {"psnr": psnr_by_hand(sets.a[:1], sets.b[:1]).mean(), "psnr_n": 1})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

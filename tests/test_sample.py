@@ -7,10 +7,14 @@ flag by flag, by the Euler loop of `pictures`; dopri5 by a numpy loop with scipy
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,11 +24,13 @@ import torch
 from PIL import Image
 from scipy.integrate import RK45
 
+import diffusion
 import sample
 from ae import DCAE, AEConfig
 from diffusion import build, from_pretrained, gaussian
 from sample import generate
-from test_diffusion import ABAR, box_muller, filled, fingerprint, noise, save, shifted, tiny
+from test_diffusion import (ABAR, TIMES, OneDevice, Payload, box_muller, fake_cuda, filled, fingerprint, noise, on_cuda,
+                            save, shifted, tiny)
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = [("DiT", "ddpm"), ("DiT", "dpm"), ("DiT", "dpm++2m"), ("UViT", "dpm"), ("UViT", "dpm++2m"),
@@ -234,6 +240,49 @@ def test_dopri5_rejects_what_a_thousand_heun_steps_resolve():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# CUDA on a machine that has none: see fake_cuda in test_diffusion.py
+
+def sample_on_cuda(family, solver, monkeypatch, fake_cuda):
+    """Two steps or so under bf16 autocast, with guidance -> latents, and the dtypes that the blocks computed in."""
+    net, steps = tiny(family), 4
+    nodes = sample.dpm_nodes(net, steps) if solver.startswith("dpm") else None  # numbers: fake tensors have none
+    for table in (diffusion.ddpm_schedule, diffusion.vp_schedule):
+        table.cache_clear()
+    monkeypatch.setattr(sample, "dpm_nodes", lambda *args: nodes)
+    # which images are guided depends on data: here all of them, by an index on the same device
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: torch.arange(len(x), device=x.device)[:, None])
+    seen = set()
+    with fake_cuda, OneDevice():
+        for layer in on_cuda(net).layers():
+            layer.mlp.register_forward_hook(lambda m, args, out: seen.add((out.device.type, out.dtype)))
+        index = torch.arange(3, device="cuda")
+        draw = lambda j: gaussian((3, 5, 4, 4), 0, index, j, device="cuda")
+        model = sample.guided(net, index, 1.5, (0.2, 0.9))
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            x = sample.SOLVERS[solver][0](net, model, draw(0), steps, draw)
+            assert model(x, index)[0].dtype == torch.float32                    # no solver computes in bf16
+    return x, seen
+
+
+@pytest.mark.parametrize("family, solver", [*(pair for pair in EVERY if pair[1] != "dopri5"), ("SiT", "heun")])
+def test_every_fixed_step_solver_runs_on_cuda(monkeypatch, fake_cuda, family, solver):
+    x, seen = sample_on_cuda(family, solver, monkeypatch, fake_cuda)
+    assert x.device.type == "cuda" and x.dtype == torch.float32 and x.shape == (3, 5, 4, 4)
+    assert seen == {("cuda", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("family, solver, name, wrong", [
+    ("USiT", "heun", "times", lambda t, x: torch.full((len(x),), t)),
+    ("USiT", "sde", "flow_time", lambda net, t: t.cpu()),
+    ("UViT", "dpm", "log_alpha", lambda net, t: torch.zeros(len(t), dtype=torch.float64)),
+    ("DiT", "ddpm", "ddpm_schedule", lambda kept=None, *where, real=sample.ddpm_schedule: real(kept, "cpu"))])
+def test_one_tensor_left_on_the_cpu_fails_there(monkeypatch, fake_cuda, family, solver, name, wrong):
+    monkeypatch.setattr(sample, name, wrong)
+    with pytest.raises(Exception, match="cpu"):
+        sample_on_cuda(family, solver, monkeypatch, fake_cuda)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The oracle: the exact denoiser of a Gaussian mixture stands in for the network
 
 class Oracle(torch.nn.Module):
@@ -429,6 +478,10 @@ def read(folder):
     return file["arr_0"], file["arr_1"], json.loads((folder / "samples.json").read_text())
 
 
+def shown(folder):
+    return sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
+
+
 def close(a, b):
     """Another batch size or order of sums: at most a rounding step, in few places."""
     gap = np.abs(a.astype(int) - b)
@@ -467,12 +520,12 @@ def test_defaults_and_samples_json(run_folder, default_run):
         latents = generate(net, y[:6], solver="dopri5")
         wanted = ((ae.decode(latents / 1.25).clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
     assert close(img[:6], wanted.numpy()) and img.shape == (100, 16, 16, 3)
-    assert about.pop("img_per_s") > 0 and len(about.pop("ae_hash")) == 16
+    assert about.pop("img_per_s") > 0 and len(about.pop("ae_hash")) == len(about.pop("weights")) == 16
     assert about == dict(
         ckpt=str(default_run), toy=False, model=net.config, ae=str(run_folder.parent / "ae"), n=100, classes="all",
         guidance=1.0, interval=[0, 1], solver="dopri5", steps=None, c_prime=None, batch_size=50, seed=0, out=None,
-        dtype="fp32", bench=False, step=5, scale=1.25, ranks=1, torch=str(torch.__version__))
-    assert sorted(p.name for p in (default_run / "samples").iterdir()) == ["samples.json", "samples.npz", "samples.png"]
+        dtype="fp32", bench=False, step=5, scale=1.25, ranks=1, device="cpu", torch=str(torch.__version__))
+    assert shown(default_run / "samples") == ["samples.json", "samples.npz", "samples.png"]
 
 
 def test_where_the_pictures_go(run_folder, tmp_path, monkeypatch):
@@ -561,9 +614,31 @@ def test_classes(run_folder, tmp_path, quick):
     assert say("all", 25) == [*range(12), *range(12), 0]
     assert say("all", 4) == [0, 3, 6, 9] and say("11,9,7,5,3", 2) == [11, 7]    # more classes than pictures: spread
     assert default(12) == list(range(12)) and default(100) == [i % 12 for i in range(100)]     # up to 100: all
-    for text in ("12", "9-12", "2-1", "5-", "one,twelve"):
+    for text in ("12", "9-12", "2-1", "5-", "one,twelve", "", "0-99999999999999", "9" * 5000):
         with pytest.raises(ValueError, match="--classes"):
             say(text, 3)
+
+
+def test_numbers_are_names_where_all_names_are_numbers(run_folder, tmp_path, quick):
+    """Folders sort as text: 0, 1, 10, 11, 2, ... So the folder 2 is class 4, and 2-3 must not be 10 and 11."""
+    names = sorted(map(str, range(12)))
+    assert names[:5] == ["0", "1", "10", "11", "2"]
+    net = tiny("USiT", num_classes=12)
+    config = dict(config=net.config, ema=net.state_dict())
+    folder = change(run_folder, tmp_path / "run", **config, classes=names)
+    say = lambda text, n, folder=folder: [names[y] for y in quick(tmp_path / "a", "--n", n, "--classes", text,
+                                                                  folder=folder)[0]]
+    assert say("2-3", 4) == ["2", "3", "2", "3"] and say("2,3", 2) == ["2", "3"] and say("10", 1) == ["10"]
+    assert say("9-11,0", 4) == ["9", "10", "11", "0"]
+    years = [str(1990 + k) for k in range(12)]                                  # not from 0 on
+    gaps = ["007", *(str(10 * k) for k in range(1, 12))]
+    mixed = [*names[:11], "cat"]                                                # one word: numbers are positions again
+    for k, (names, text, wanted) in enumerate([(years, "1995-1997", ["1995", "1996", "1997"]), (gaps, "7", ["007"]),
+                                               (gaps, "7-20", ["007", "10", "20"]), (mixed, "4-5", ["2", "3"])]):
+        assert say(text, len(wanted), change(run_folder, tmp_path / str(k), **config, classes=names)) == wanted
+    for k, (names, text) in enumerate([(years, "3"), (gaps, "7-8"), (gaps, "8")]):
+        with pytest.raises(ValueError, match="--classes"):
+            say(text, 1, change(run_folder, tmp_path / f"{k} not", **config, classes=names))
 
 
 def test_random_labels_are_adms(run_folder, tmp_path, quick):
@@ -636,19 +711,298 @@ def test_bench_is_one_json_line(run_folder, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_two_ranks_write_what_one_writes(run_folder, tmp_path):
-    flags = "--n 5 --classes random --solver sde --steps 4 --batch_size 2".split() + ["--ckpt", str(run_folder)]
-    sample.main([*flags, "--out", str(tmp_path / "one")])
+# ----------------------------------------------------------------------------------------------------------------------
+# Ended before the end
+
+FIVE = "--solver sde --steps 2 --n 5 --batch_size 2 --classes random --guidance 1.5".split()    # three batches
+
+
+class Stopped(BaseException):
+    """Any end of a process, where a test can catch it."""
+
+
+def begin(run_folder, out, batches, *flags):
+    """A run that ends while it draws the batch after so many."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls, real = [], sample.generate
+
+        def stop(*args, **kw):
+            calls.append(1)
+            if len(calls) > batches:
+                raise Stopped
+            return real(*args, **kw)
+        patch.setattr(sample, "generate", stop)
+        with pytest.raises(Stopped):
+            sample.main([*map(str, ("--ckpt", run_folder, "--out", out, *FIVE, *flags))])
+
+
+def go_on(run_folder, out, *flags):
+    """The same command again -> how many batches it drew, and the bytes of samples.npz."""
+    drawn, real = [], sample.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "generate", lambda *args, **kw: drawn.append(1) or real(*args, **kw))
+        sample.main([*map(str, ("--ckpt", run_folder, "--out", out, *FIVE, *flags))])
+    assert shown(out) == ["samples.json", "samples.npz", "samples.png"]
+    return len(drawn), (out / "samples.npz").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(run_folder, tmp_path_factory):
+    """samples.npz of FIVE, never ended."""
+    return go_on(run_folder, tmp_path_factory.mktemp("whole"))[1]
+
+
+def test_a_run_that_was_ended_goes_on_and_ends_with_the_same_bytes(run_folder, tmp_path, whole):
+    for batches in (0, 1, 2):
+        out = tmp_path / str(batches)
+        begin(run_folder, out, batches)
+        assert not (out / "samples.npz").exists()
+        assert go_on(run_folder, out) == (3 - batches, whole)
+    begin(run_folder, out, 2)                                                   # beside a finished one
+    assert go_on(run_folder / "ckpt.pt", out) == (1, whole)                     # a setting in another spelling
+    assert go_on(run_folder, out) == (3, whole)
+
+
+def test_ended_at_any_write_to_the_disk(run_folder, tmp_path, whole):
+    """Pixels come before their mark: a batch counts once all of it is there."""
+    real = os.fsync
+    for stop in range(1, 8):
+        for after in (False, True):
+            out, calls = tmp_path / f"{stop} {after}", []
+
+            def fsync(file):
+                calls.append(1)
+                if len(calls) == stop and not after:
+                    raise Stopped
+                real(file)
+                if len(calls) == stop:
+                    raise Stopped
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "fsync", fsync)
+                with pytest.raises(Stopped):
+                    sample.main([*map(str, ("--ckpt", run_folder, "--out", out, *FIVE))])
+            drawn, data = go_on(run_folder, out)
+            assert data == whole and drawn <= 3 - (stop - 1) // 2, (stop, after)
+    assert len(calls) == 7                                                      # two for each batch, and samples.npz
+
+
+def test_an_unfinished_run_of_other_settings_is_refused(run_folder, tmp_path, whole):
+    out = tmp_path / "out"
+    begin(run_folder, out, 1)
+    held = {p: (out / p).read_bytes() for p in shown(out)}
+    assert len(held) == 3 and all(name.startswith("samples.part.") for name in held)
+    other = change(run_folder, tmp_path / "weights", ema=shifted(from_pretrained(run_folder)).state_dict())
+    scaled = change(run_folder, tmp_path / "scaled", scale=0.5)
+    for flags, word in [(["--seed", 1], "seed"), (["--guidance", 2], "guidance"), (["--interval", 0, 0.5], "interval"),
+                        (["--steps", 3], "steps"), (["--solver", "heun"], "solver"), (["--c_prime", 3], "c_prime"),
+                        (["--n", 6], "n"), (["--batch_size", 3], "batch_size"), (["--classes", 1], "classes"),
+                        (["--dtype", "bf16"], "dtype"), (["--ae", run_folder.parent / "other"], "ae_hash"),
+                        (["--ckpt", other], "weights"), (["--ckpt", scaled], "scale"),
+                        (["--seed", 1, "--guidance", 2], "guidance, seed")]:
+        with pytest.raises(ValueError, match=rf"--out .*{word}.*samples.part") as e:
+            go_on(run_folder, out, *flags)
+        assert isinstance(e.value, SystemExit) and "\n" not in str(e.value) and len(str(e.value)) < 200
+        assert {p: (out / p).read_bytes() for p in shown(out)} == held, flags
+    assert go_on(run_folder, out) == (2, whole)
+    begin(run_folder, out, 1)
+    for name in held:
+        (out / name).unlink()
+    drawn, data = go_on(run_folder, out, "--seed", 1)                           # the mend
+    assert drawn == 3 and data != whole
+    begin(run_folder, tmp_path / "new", 0)                                      # where none was drawn, none is lost
+    assert go_on(run_folder, tmp_path / "new", "--seed", 1) == (3, data)
+
+
+def test_ctrl_c_and_a_second_run_and_kill_9(run_folder, tmp_path):
+    """Real processes: while one draws, a second is refused; then a signal, and the same command goes on."""
+    flags = f"--ckpt {run_folder} --n 24 --batch_size 2 --solver heun --steps 60".split()
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
+    outs = {signal.SIGINT: tmp_path / "int", signal.SIGKILL: tmp_path / "kill"}
+    runs = {number: subprocess.Popen([sys.executable, "sample.py", *flags, "--out", str(out)], cwd=ROOT, env=env,
+                                     stderr=subprocess.PIPE, text=True) for number, out in outs.items()}
+    for number, out in outs.items():
+        end = time.time() + 60
+        while not (out / "samples.part.done").exists() or not any((out / "samples.part.done").read_bytes()):
+            assert time.time() < end and runs[number].poll() is None
+            time.sleep(0.02)
+        runs[number].send_signal(signal.SIGSTOP)
+        with pytest.raises(ValueError, match="--out .*another process is writing") as e:
+            sample.main([*flags, "--out", str(out)])
+        assert isinstance(e.value, SystemExit) and "\n" not in str(e.value)
+        runs[number].send_signal(number)
+        runs[number].send_signal(signal.SIGCONT)
+        said = runs[number].communicate(timeout=60)[1]
+        if number == signal.SIGINT:
+            assert runs[number].returncode == 1 and "Traceback" not in said
+            assert said.splitlines()[-1] == "stopped by Ctrl-C; the same command goes on"
+    sample.main([*flags, "--out", str(tmp_path / "whole")])
+    for out in outs.values():
+        assert 0 < sum((out / "samples.part.done").read_bytes()) < 12
+        sample.main([*flags, "--out", str(out)])
+        assert (out / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+
+
+def test_a_full_disk_is_one_line_before_any_work(run_folder, tmp_path, monkeypatch):
+    pixels = 5 * 16 * 16 * 3
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def refused(**limit):
+        with pytest.raises(ValueError, match="--out") as e:
+            go_on(run_folder, tmp_path, **limit)
+        assert isinstance(e.value, SystemExit) and "\n" not in str(e.value) and len(str(e.value)) < 200
+        return str(e.value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "generate", None)                                 # nothing is drawn
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (pixels - 1, usual[1]))   # no file may grow beyond that
+            assert f"{2 * pixels:,} bytes" in refused()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * pixels - 1))    # and the npz
+        line = refused()
+        assert f"{2 * pixels:,} bytes are needed" in line and f"{2 * pixels - 1:,} are free" in line
+    assert shown(tmp_path) == []
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (pixels, usual[1]))           # later: samples.npz is a little larger
+        refused()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert not (tmp_path / "samples.npz").exists()
+    assert go_on(run_folder, tmp_path)[0] == 0                                  # all had been drawn
+
+
+def test_two_ranks_go_on_with_what_one_began(run_folder, tmp_path, whole):
+    begin(run_folder, tmp_path / "two", 1)
+    flat = np.full(2 * 16 * 16 * 3, 7, np.uint8)                                # a batch that is there stays as it is
+    with open(tmp_path / "two" / "samples.part.pixels", "r+b") as f:
+        f.write(flat.tobytes())
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [subprocess.Popen([sys.executable, "sample.py", *flags, "--out", str(tmp_path / "two")], cwd=ROOT,
+    flags = [*FIVE, "--ckpt", str(run_folder), "--out", str(tmp_path / "two")]
+    ranks = [subprocess.Popen([sys.executable, "sample.py", *flags], cwd=ROOT,
                               env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
     assert [r.wait(120) for r in ranks] == [0, 0]
-    (a, ya, _), (b, yb, about) = read(tmp_path / "one"), read(tmp_path / "two")
-    assert close(a, b) and (ya == yb).all() and about["ranks"] == 2
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "samples.npz").write_bytes(whole)
+    one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
+    assert close(one["arr_0"][2:], two["arr_0"][2:]) and (two["arr_0"][:2] == 7).all()
+    assert (one["arr_1"] == two["arr_1"]).all() and read(tmp_path / "two")[2]["ranks"] == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be right
+
+def test_pictures_that_are_not_finite_are_counted_and_end_in_an_error(run_folder, tmp_path, monkeypatch):
+    state = from_pretrained(run_folder).state_dict()
+    broken = change(run_folder, tmp_path / "nan", ema={**state, "norm.bias": state["norm.bias"] * math.nan})
+    ae = torch.load(run_folder.parent / "ae" / "ckpt.pt")
+    name = next(k for k in ae["model"] if k.startswith("decoder") and k.endswith("bias"))
+    torch.save({**ae, "model": {**ae["model"], name: ae["model"][name] * math.inf}}, tmp_path / "ae.pt")
+    real = sample.generate
+
+    def one(net, y, **kw):
+        z = real(net, y, **kw)
+        z[kw["index"] == 1, 0, 0, 0] = value
+        return z
+    for folder, flags, count in ((broken, [], "3 of 3"), (run_folder, ["--ae", tmp_path / "ae.pt"], "3 of 3"),
+                                 (run_folder, [math.nan], "1 of 3"), (run_folder, [-math.inf], "1 of 3")):
+        if isinstance(flags[-1:][0] if flags else "", float):
+            value, flags = flags[0], []
+            monkeypatch.setattr(sample, "generate", one)
+        for solver in ("euler", "dopri5"):
+            steps = ["--steps", 2] if solver == "euler" else []
+            with pytest.raises(ValueError, match=f"{count} pictures are not finite") as e:
+                sample.main([*map(str, ("--ckpt", folder, "--n", 3, "--solver", solver, *steps, "--out",
+                                        tmp_path / "out", *flags))])
+            assert isinstance(e.value, SystemExit) and "\n" not in str(e.value) and len(str(e.value)) < 200
+            assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+NUMBERS = "nan inf -inf -1 1e999 ten".split() + [""]
+WRONG = {
+    "--ckpt": ["nowhere", "/etc/passwd", "/dev/null", "EMPTY", "FOLDER", "AE", "dc-ai/nothing"],
+    "--ae": ["nowhere", "/etc/passwd", "/dev/null", "EMPTY", "FOLDER", "RUN"],
+    "--model": ["DiT", "USiT-H", "usit", "magic", ""],
+    "--n": [*NUMBERS, "0", "1.5", str(10**12), "9" * 5000],
+    "--batch_size": [*NUMBERS, "0", "1.5", str(10**12)],
+    "--classes": ["cow", "3", "2-3", "-1", "1-", "", "0,", "nan", "0-999999999999"],
+    "--guidance": [*NUMBERS, "-0.1", "1e30"],
+    "--interval": ["0.5", "nan 1", "0 nan", "0 inf", "-inf 1", "-0.1 1", "0 1.1", "0.5 0.5", "0.6 0.2", "a b"],
+    "--solver": ["dpm", "ddpm", "magic", ""],
+    "--steps": [*NUMBERS, "0", "1.5", "1001", str(2**70)],
+    "--c_prime": [*NUMBERS, "0", "9", "1.5", str(2**70)],
+    "--seed": [*NUMBERS, "1.5", str(2**63), str(2**70)],
+    "--out": ["FILE", "FILE/below/it", "/proc/nowhere/x", "/dev/null"],
+    "--dtype": ["fp16", ""],
+    "--no_such_flag": ["1"]}
+
+
+@pytest.mark.parametrize("flag, value", [(flag, value) for flag, values in WRONG.items() for value in values])
+def test_each_flag_that_is_wrong_is_one_line_before_any_work(run_folder, tmp_path, monkeypatch, flag, value):
+    paths = dict(RUN=run_folder, AE=run_folder.parent / "ae", EMPTY=tmp_path / "empty.pt", FOLDER=tmp_path / "folder",
+                 FILE=tmp_path / "file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sample, "generate", None)
+    value = [str(paths[word]) + rest if word in paths else word + rest
+             for word, rest in ((part[:i], part[i:]) for part in value.split(" ") for i in [len(part.split("/")[0])])]
+    given = [f"{flag}={value[0]}"] if len(value) == 1 else [flag, *value]
+    with pytest.raises(SystemExit) as e:
+        sample.main(["--ckpt", str(run_folder), "--n", "3", "--out", str(tmp_path / "out"), *given])
+    line = str(e.value.code)
+    assert line not in ("0", "None") and "\n" not in line and len(line) < 200, line
+    assert flag in line or value[0] in line, line
+    assert not (tmp_path / "out").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.pt", "file", "folder"]
+
+
+def test_no_file_given_to_sample_py_runs_code(run_folder, tmp_path):
+    payload = Payload(tmp_path / "ran")
+    ckpt = torch.load(run_folder / "ckpt.pt")
+    ae = torch.load(run_folder.parent / "ae" / "ckpt.pt")
+    contents = payload, {**ckpt, "note": payload}, {**ckpt, "ema": payload}, {**ae, "note": payload}
+    for k, content in enumerate(contents):
+        file = tmp_path / f"{k}.pt"
+        torch.save(content, file)
+        for flags in (["--ckpt", file], ["--ckpt", run_folder, "--ae", file]):
+            with pytest.raises(ValueError, match=f"{k}.pt"):
+                sample.main([*map(str, flags), "--n", "1", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_only_a_name_that_the_user_gave_contacts_the_network(run_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def offline(url, *args, **kw):
+        asked.append(url)
+        raise OSError("no network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(socket.socket, "connect", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    published, kl = "mit-han-lab/dc-ae-f32c32-in-1.0", "stabilityai/sd-vae-ft-ema"
+    for k, name in enumerate((published, kl)):
+        folder = change(run_folder, tmp_path / f"stranger {k}", ae=name)
+        with pytest.raises(ValueError, match="--ae") as e:
+            sample.main(["--ckpt", str(folder), "--n", "1", "--out", str(tmp_path / "out")])
+        assert isinstance(e.value, SystemExit) and name in str(e.value) and not asked
+    with pytest.raises(ValueError, match="no download"):
+        sample.main(["--ckpt", str(folder), "--ae", published, "--n", "1", "--out", str(tmp_path / "out")])
+    assert len(asked) == 1 and f"{published}/resolve" in asked.pop()
+
+    hub = "mit-han-lab/dc-ae-f32c32-in-1.0-usit-h-in-512px"                     # its partner may be fetched
+    here = Path(torch.hub.get_dir(), "checkpoints", hub.replace("/", "--"))
+    here.mkdir(parents=True)
+    torch.manual_seed(0)
+    save(build("USiT-T", c=32, size=16, num_classes=3), here / "model.safetensors")
+    with pytest.raises(ValueError, match="no download"):
+        sample.main(["--ckpt", hub, "--n", "1", "--out", str(tmp_path / "out")])
+    assert len(asked) == 1 and f"{published}/resolve" in asked.pop()
 
 
 @pytest.mark.parametrize("flags, word", [
