@@ -7,14 +7,12 @@
 Default solvers: DiT ddpm, 250 respaced steps; UViT dpm, 30 evaluations; SiT and USiT dopri5 (adaptive).
 Image i starts from, and uses, noise keyed by (seed, i) alone: batch size, ranks and devices change rounding,
 nothing else. With c' < c the solvers run in the first c' channels only; the network sees zeros behind them,
-as in training.
+as in training. A run that was ended before its end goes on by the same command.
 
 Letters: b images, c latent channels, c' = c_prime kept ones, h w the latent's grid, H W pixels. Time t is the
 family's own (diffusion.py): SiT and USiT go from 0 (noise) to 1 (data), DiT from 999 to 0, UViT from 1000
 to 1.
 """
-import errno
-import hashlib
 import json
 import math
 import os
@@ -327,8 +325,8 @@ def check_settings(net, labels, guidance, interval, solver, steps, c_prime):
     if wrong:
         raise InputError(f"label {wrong[0]} is outside 0 .. {num_classes} "
                          f"(--classes; {num_classes} is the null label)")
-    if not guidance >= 0:                                       # NaN too
-        raise InputError(f"--guidance {guidance} is below zero (1 is no guidance)")
+    if not 0 <= guidance < math.inf:                            # NaN too
+        raise InputError(f"--guidance {guidance} must be finite, 0 or more (1 is no guidance)")
     low, high = interval
     if not 0 <= low < high <= 1:
         raise InputError(f"--interval {low} {high}: wanted 0 <= LO < HI <= 1 (0 is noise, 1 is data)")
@@ -426,7 +424,6 @@ class Unfinished:
         """Makes the files, or goes on with those of the same settings. InputError where others have drawn."""
         text = json.dumps(settings)
         if not self.settings.exists() or not any(self.done.read_bytes()):
-            self.settings.unlink(missing_ok=True)
             self.allocate()
             self.done.write_bytes(bytes(self.batches))
             new = self.out / "samples.part.tmp"
@@ -565,7 +562,7 @@ def parse(argv):
         args.classes = "all" if args.n <= 100 else "random"
     out = output_folder(args)
     there = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not args.bench and not (there.is_dir() and os.access(there, os.W_OK)):
         raise InputError(f"--out {out}: {there} is no folder that can be written to; name another --out")
     return args
 
@@ -575,9 +572,9 @@ def output_folder(args):
     if args.out:
         return Path(args.out)
     ckpt = Path(args.ckpt)
-    if ckpt.is_dir():
+    if os.path.isdir(ckpt):
         return ckpt / "samples"
-    if ckpt.exists():
+    if os.path.exists(ckpt):
         return ckpt.parent / "samples"
     return Path("out", ckpt.name, "samples")
 

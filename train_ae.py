@@ -135,6 +135,12 @@ class Adversary:
         loss = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
         return loss, {"d": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
+    def backward(self, img, rec):
+        """-> terms for the log."""
+        loss, terms = self.own_loss(img, rec)
+        (loss / self.args.accumulate).backward()
+        return terms
+
     def step(self):
         for p in self.params:
             self.ranks.mean(p.grad)
@@ -226,7 +232,6 @@ def train(args, ranks, config, ae):
         lr = set_lr(learning_rate(step, args), *opts)
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
         mask = channel_mask(config.c, c_prime, ranks.device)    # (1,c,1,1): c' ones, then zeros
-        names = loss_names(config.c, args.channels, c_prime)     # loss, loss_c<bin>
         step_z_square = 0.0
 
         for micro in range(args.accumulate):
@@ -245,21 +250,18 @@ def train(args, ranks, config, ae):
             (loss / args.accumulate).backward()
 
             if adversary:                                       # the other player's turn
-                disc_loss, disc_terms = adversary.own_loss(img, rec)
-                (disc_loss / args.accumulate).backward()
-                terms |= disc_terms
+                terms |= adversary.backward(img, rec)
             step_z_square = step_z_square + z2 / args.accumulate
-            run.add(**dict.fromkeys(names, loss), **terms)
+            run.add(**dict.fromkeys(loss_names(config.c, args.channels, c_prime), loss), **terms)
 
-        facts = {"lr": lr, "c_prime": c_prime}
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
         run.add(grad_norm=grad_norm)
         if adversary:
             adversary.step()
-            facts["gan_weight"] = adversary.weight(step)
+            run.facts["gan_weight"] = adversary.weight(step)
         if encoder_trains:
             z_square = running_mean(z_square, step_z_square, step, taken)
-        run.log(step, guard, **facts)
+        run.log(step, guard, lr=lr, c_prime=c_prime)
 
         done, stop = step + 1, run.stop                         # read once: a signal may come at any line
         if stop or run.due(done, args.save_every):
@@ -1092,7 +1094,7 @@ class Run:
         self.args, self.ranks = args, ranks
         self.signalled = self.stop = self.waits = False
         self.lock = self.bar = self.saved = None                # saved: the step that ckpt.pt holds
-        self.sums, self.wait = {}, 0.0                          # since the last log line
+        self.sums, self.facts, self.wait = {}, {}, 0.0          # since the last log line
         if ranks.is_main and not args.bench:
             self.lock = lock(make_folder(args.out))
         for s in (signal.SIGTERM, signal.SIGINT):
@@ -1267,7 +1269,7 @@ class Run:
             return
         terms, seconds = self.averages(), time.time() - self.since
         speed = (done - self.logged) * self.args.batch_size / seconds
-        line = {"step": done, **terms, **facts, "skipped": int(guard.skipped),
+        line = {"step": done, **terms, **facts, **self.facts, "skipped": int(guard.skipped),
                 "img_per_s": float(f"{speed:.4g}"), "wait": round(self.wait / seconds, 3)}
         self.append("log.jsonl", line)
         text = f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}"

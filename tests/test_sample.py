@@ -8,12 +8,13 @@ import json
 import math
 import os
 import resource
+import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
+import traceback
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ import sample
 from ae import DCAE, AEConfig
 from diffusion import build, from_pretrained, gaussian
 from sample import generate
-from test_diffusion import (ABAR, TIMES, OneDevice, Payload, box_muller, fake_cuda, filled, fingerprint, noise, on_cuda,
+from test_diffusion import (ABAR, OneDevice, Payload, box_muller, fake_cuda, filled, fingerprint, noise, on_cuda,
                             save, shifted, tiny)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -714,6 +715,35 @@ def test_bench_is_one_json_line(run_folder, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 # Ended before the end
 
+def start(flags, errors, **env):
+    """python sample.py FLAGS as a process: a fork, which saves the seconds of an import. -> its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        os.environ.update(env)
+        sys.argv = ["sample.py", *map(str, flags)]
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w", buffering=1)
+        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+        code = 0
+    except SystemExit as e:
+        Path(errors).open("a").write(f"{e}\n")
+    except BaseException:
+        Path(errors).open("a").write(traceback.format_exc())
+    finally:
+        os._exit(code)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 FIVE = "--solver sde --steps 2 --n 5 --batch_size 2 --classes random --guidance 1.5".split()    # three batches
 
 
@@ -813,33 +843,32 @@ def test_an_unfinished_run_of_other_settings_is_refused(run_folder, tmp_path, wh
     assert go_on(run_folder, tmp_path / "new", "--seed", 1) == (3, data)
 
 
-def test_ctrl_c_and_a_second_run_and_kill_9(run_folder, tmp_path):
-    """Real processes: while one draws, a second is refused; then a signal, and the same command goes on."""
-    flags = f"--ckpt {run_folder} --n 24 --batch_size 2 --solver heun --steps 60".split()
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
-    outs = {signal.SIGINT: tmp_path / "int", signal.SIGKILL: tmp_path / "kill"}
-    runs = {number: subprocess.Popen([sys.executable, "sample.py", *flags, "--out", str(out)], cwd=ROOT, env=env,
-                                     stderr=subprocess.PIPE, text=True) for number, out in outs.items()}
-    for number, out in outs.items():
-        end = time.time() + 60
-        while not (out / "samples.part.done").exists() or not any((out / "samples.part.done").read_bytes()):
-            assert time.time() < end and runs[number].poll() is None
-            time.sleep(0.02)
-        runs[number].send_signal(signal.SIGSTOP)
-        with pytest.raises(ValueError, match="--out .*another process is writing") as e:
-            sample.main([*flags, "--out", str(out)])
-        assert isinstance(e.value, SystemExit) and "\n" not in str(e.value)
-        runs[number].send_signal(number)
-        runs[number].send_signal(signal.SIGCONT)
-        said = runs[number].communicate(timeout=60)[1]
-        if number == signal.SIGINT:
-            assert runs[number].returncode == 1 and "Traceback" not in said
-            assert said.splitlines()[-1] == "stopped by Ctrl-C; the same command goes on"
-    sample.main([*flags, "--out", str(tmp_path / "whole")])
-    for out in outs.values():
-        assert 0 < sum((out / "samples.part.done").read_bytes()) < 12
-        sample.main([*flags, "--out", str(out)])
-        assert (out / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_second_run_is_refused_and_a_signal_ends_the_first(run_folder, tmp_path, one_thread, number):
+    flags = ["--ckpt", run_folder, "--n", 12, "--batch_size", 2, "--solver", "heun", "--steps", 60]
+    out, marks = tmp_path / "out", tmp_path / "out" / "samples.part.done"
+    run = start([*flags, "--out", out], tmp_path / "errors")
+    end = time.time() + 60
+    while not marks.exists() or not any(marks.read_bytes()):
+        assert time.time() < end and os.waitpid(run, os.WNOHANG)[0] == 0
+        time.sleep(0.01)
+    os.kill(run, signal.SIGSTOP)
+    with pytest.raises(ValueError, match="--out .*another process is writing") as e:
+        sample.main([*map(str, [*flags, "--out", out])])
+    assert isinstance(e.value, SystemExit) and "\n" not in str(e.value)
+    os.kill(run, number)
+    os.kill(run, signal.SIGCONT)
+    status = os.waitpid(run, 0)[1]
+    if number == signal.SIGINT:
+        assert os.waitstatus_to_exitcode(status) == 1
+        said = (tmp_path / "errors").read_text()
+        assert said.splitlines()[-1] == "stopped by Ctrl-C; the same command goes on" and "Traceback" not in said
+    else:
+        assert os.waitstatus_to_exitcode(status) == -number
+    assert 0 < sum(marks.read_bytes()) < 6
+    for folder in ("whole", "out"):
+        sample.main([*map(str, [*flags, "--out", tmp_path / folder])])
+    assert (out / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
 
 
 def test_a_full_disk_is_one_line_before_any_work(run_folder, tmp_path, monkeypatch):
@@ -872,25 +901,23 @@ def test_a_full_disk_is_one_line_before_any_work(run_folder, tmp_path, monkeypat
     assert go_on(run_folder, tmp_path)[0] == 0                                  # all had been drawn
 
 
-def test_two_ranks_go_on_with_what_one_began(run_folder, tmp_path, whole):
-    begin(run_folder, tmp_path / "two", 1)
+def test_two_ranks_go_on_with_what_one_began(run_folder, tmp_path, one_thread):
+    """Batches are the same ones for any number of ranks, so pixels are equal to the byte."""
+    out = tmp_path / "two"
+    begin(run_folder, out, 1)
     flat = np.full(2 * 16 * 16 * 3, 7, np.uint8)                                # a batch that is there stays as it is
-    with open(tmp_path / "two" / "samples.part.pixels", "r+b") as f:
+    with open(out / "samples.part.pixels", "r+b") as f:
         f.write(flat.tobytes())
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-           "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    flags = [*FIVE, "--ckpt", str(run_folder), "--out", str(tmp_path / "two")]
-    ranks = [subprocess.Popen([sys.executable, "sample.py", *flags], cwd=ROOT,
-                              env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    assert [r.wait(120) for r in ranks] == [0, 0]
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "samples.npz").write_bytes(whole)
-    one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
-    assert close(one["arr_0"][2:], two["arr_0"][2:]) and (two["arr_0"][:2] == 7).all()
-    assert (one["arr_1"] == two["arr_1"]).all() and read(tmp_path / "two")[2]["ranks"] == 2
+    env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    flags = [*FIVE, "--ckpt", run_folder, "--out", out]
+    ranks = [start(flags, tmp_path / f"errors {r}", **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(2)]
+    assert [os.waitpid(run, 0)[1] for run in ranks] == [0, 0]
+    go_on(run_folder, tmp_path / "one")
+    (one, y, _), (two, y_two, about) = read(tmp_path / "one"), read(out)
+    assert (one[2:] == two[2:]).all() and (two[:2] == 7).all() and (y == y_two).all() and about["ranks"] == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -924,8 +951,8 @@ def test_pictures_that_are_not_finite_are_counted_and_end_in_an_error(run_folder
 
 NUMBERS = "nan inf -inf -1 1e999 ten".split() + [""]
 WRONG = {
-    "--ckpt": ["nowhere", "/etc/passwd", "/dev/null", "EMPTY", "FOLDER", "AE", "dc-ai/nothing"],
-    "--ae": ["nowhere", "/etc/passwd", "/dev/null", "EMPTY", "FOLDER", "RUN"],
+    "--ckpt": ["nowhere", "/etc/passwd", "/dev/null", "EMPTY", "FOLDER", "AE", "dc-ai/nothing", "x" * 5000],
+    "--ae": ["nowhere", "/etc/passwd", "/dev/null", "EMPTY", "FOLDER", "RUN", "x" * 5000],
     "--model": ["DiT", "USiT-H", "usit", "magic", ""],
     "--n": [*NUMBERS, "0", "1.5", str(10**12), "9" * 5000],
     "--batch_size": [*NUMBERS, "0", "1.5", str(10**12)],
@@ -936,7 +963,7 @@ WRONG = {
     "--steps": [*NUMBERS, "0", "1.5", "1001", str(2**70)],
     "--c_prime": [*NUMBERS, "0", "9", "1.5", str(2**70)],
     "--seed": [*NUMBERS, "1.5", str(2**63), str(2**70)],
-    "--out": ["FILE", "FILE/below/it", "/proc/nowhere/x", "/dev/null"],
+    "--out": ["FILE", "FILE/below/it", "/proc/nowhere/x", "/dev/null", "x" * 5000],
     "--dtype": ["fp16", ""],
     "--no_such_flag": ["1"]}
 
@@ -956,7 +983,7 @@ def test_each_flag_that_is_wrong_is_one_line_before_any_work(run_folder, tmp_pat
         sample.main(["--ckpt", str(run_folder), "--n", "3", "--out", str(tmp_path / "out"), *given])
     line = str(e.value.code)
     assert line not in ("0", "None") and "\n" not in line and len(line) < 200, line
-    assert flag in line or value[0] in line, line
+    assert flag in line or value[0][:50] in line, line
     assert not (tmp_path / "out").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.pt", "file", "folder"]
 

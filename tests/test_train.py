@@ -689,7 +689,8 @@ BAD_2 = {  # and of train_diffusion.py
     "": "--ae", "--ae nowhere": "nowhere", "--model DiT-Z": "--model", "--data nowhere --ae x": "--data",
     "--dry_run": "--ae --c --size", "--patch 0 --ae x": "--patch", "--ema_warmup -5 --ae x": "--ema_warmup",
     "--ema_warmup 0 --ae x": "--ema_warmup", "--max_images 0 --ae x": "--max_images", "--fid_num 1 --ae x": "--fid_num",
-    "--depth 0 --ae x": "--depth", "--hidden 10000000 --ae x": "--hidden", "--label_dropout nan --ae x": "--label_dropout",
+    "--depth 0 --ae x": "--depth", "--hidden 10000000 --ae x": "--hidden",
+    "--label_dropout nan --ae x": "--label_dropout",
     "--ae /etc/passwd": "/etc/passwd"}
 BAD = [(stage1, *row) for row in BAD_1.items()] + [(stage2, *row) for row in BAD_2.items()]
 
@@ -1078,7 +1079,8 @@ def test_nobody_reads_what_a_run_prints(tmp_path):
     for name in ("closed", "full"):
         reader, writer = os.pipe()
         flags = f"train_ae.py {AE} --steps {8 if name == 'closed' else 10**6} --out {tmp_path}/{name}"
-        code = f"import ae, tqdm; ae.Screen.drain.__defaults__ = (0.5,); tqdm.tqdm.write = lambda *a, w=tqdm.tqdm.write, **k: [w('x' * 70000), w(*a, **k)]\n" \
+        code = f"import ae, tqdm; ae.Screen.drain.__defaults__ = (0.5,); w = tqdm.tqdm.write\n" \
+               f"tqdm.tqdm.write = lambda *a, **k: [w('x' * 70000), w(*a, **k)]\n" \
                f"import sys, runpy; sys.argv = {flags.split()!r}; sys.path.insert(0, {str(ROOT)!r})\n" \
                f"runpy.run_path('train_ae.py', run_name='__main__')"
         p = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=writer)
@@ -1331,7 +1333,7 @@ def write_down_solvers(folder):
 def test_fsdp_equals_one_and_resumes_on_other_ranks(tmp_path, one_diffusion):
     flags, one = one_diffusion
     spy = functools.partial(write_down_solvers, str(tmp_path))
-    first = f"{flags} --fsdp --steps 3 --eval_every 2 --out {tmp_path}/two"              # a preview, and training goes on
+    first = f"{flags} --fsdp --steps 3 --eval_every 2 --out {tmp_path}/two"       # a preview, and training goes on
     run(tmp_path, "train_diffusion.py", first, ranks=2, patch=spy)
     solvers = [(tmp_path / f"solver_{rank}").read_text() for rank in (0, 1)]
     assert solvers == ["heun", "heun"]                            # fixed steps: adaptive ones would differ among ranks
@@ -1424,7 +1426,8 @@ def test_cache_has_all_chunks_and_goes_on_where_it_was_killed(tmp_path, long_cac
     for stored, x in zip(latents, (img, img.flip(3))):
         z = encode(wild_ae, x).numpy()
         assert np.abs(stored - z).max() < 2e-3 * np.abs(z).max()
-    assert labels.tolist() == [k % 10 for k in range(520)] and (np.load(folder / "done.npy") == chunk_sums(folder)).all()
+    assert labels.tolist() == [k % 10 for k in range(520)]
+    assert (np.load(folder / "done.npy") == chunk_sums(folder)).all()
     half = shutil.copytree(folder, tmp_path / "half")
     broken = latents.copy()
     broken[:, 510:], labels[510:] = 7, 3
