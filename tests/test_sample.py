@@ -725,7 +725,7 @@ def start(flags, errors, **env):
         torch.set_num_threads(1)
         os.environ.update(env)
         sys.argv = ["sample.py", *map(str, flags)]
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w", buffering=1)
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "a", buffering=1)
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
         code = 0
     except SystemExit as e:
