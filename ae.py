@@ -138,7 +138,7 @@ class AEConfig:
         if [len(widths), len(depths)] != [n, n] or not whole(*widths, *depths):
             raise InputError(f"{given}, depths {depths}: f={self.f} needs {n} whole numbers for each")
         if depths[0] != 0 or min(depths[1:]) < 1 or sum(depths) > 1000:
-            raise InputError(f"--depths: {side} depths {depths}; 0 first (empty), then >= 1, in all <= 1000")
+            raise InputError(f"--depths: {side} depths {depths}: depth 0 first, then >= 1, in all <= 1000")
         if min(widths) < 4 or any(w % 4 for w in widths[1:]):
             raise InputError(f"{given} must be multiples of 4")
         if self.version == "1.0" and any(w % 32 for w in widths[3:]):
