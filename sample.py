@@ -693,9 +693,10 @@ def main(argv=None):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
             dist.barrier()
         start = time.perf_counter()
-        for k in tqdm(part.left(rank, world), f"rank 0 of {world}", unit="img", unit_scale=args.batch_size,
-                      disable=rank > 0):
-            part.put(k, to_pixels(sample_latents(part.index(k))))
+        with tqdm(part.left(rank, world), f"rank 0 of {world}", unit="img", unit_scale=args.batch_size,
+                  disable=rank > 0) as bar:
+            for k in bar:
+                part.put(k, to_pixels(sample_latents(part.index(k))))
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import types
@@ -24,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.integrate import RK45
+from tqdm import tqdm
 
 import diffusion
 import sample
@@ -722,6 +724,7 @@ def start(flags, errors, **env):
         return pid
     code = 1
     try:
+        tqdm.set_lock(threading.RLock())                                        # its own, which a kill may leave held
         torch.set_num_threads(1)
         os.environ.update(env)
         sys.argv = ["sample.py", *map(str, flags)]
