@@ -672,11 +672,8 @@ class ImageSet(torch.utils.data.Dataset):
                              "pass --image_size S")
         return pixels
 
-    def __getitem__(self, span):                                # in a loader's process, an exit goes unheard
-        try:
-            return self.read(span)
-        except InputError as e:
-            return str(e)
+    def __getitem__(self, span):
+        return self.read(span)
 
 
 def read_batches(path, batch=64, num=None, image_size=None, workers=0):
@@ -688,11 +685,8 @@ def read_batches(path, batch=64, num=None, image_size=None, workers=0):
     last = images.n * (rank + 1) // world
     spans = [range(i, min(i + batch, last)) for i in range(first, last, batch)]
     workers = min(workers, len(spans) // 2) if images.kind == "folder" else 0
-    for pixels in torch.utils.data.DataLoader(images, batch_size=None, sampler=spans, num_workers=workers,
-                                              pin_memory=torch.cuda.is_available()):
-        if isinstance(pixels, str):
-            raise InputError(pixels)
-        yield pixels
+    yield from torch.utils.data.DataLoader(images, batch_size=None, sampler=spans, num_workers=workers,
+                                           pin_memory=torch.cuda.is_available())
 
 
 class NpzImages:

@@ -226,12 +226,12 @@ def train(args, ranks, config, ae):
 
     # The loop
     stream = random_batch(args, ranks) if args.bench else batches(data, args, ranks, start_step)
-    macs = meta_cost(config, args)[0] if args.bench else None
     encoder_trains = any(p.requires_grad for p in ae.encoder.parameters())
     for step in run.steps(start_step):
         lr = set_lr(learning_rate(step, args), *opts)
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
         mask = channel_mask(config.c, c_prime, ranks.device)    # (1,c,1,1): c' ones, then zeros
+        names = loss_names(config.c, args.channels, c_prime)     # loss, loss_c<bin>
         step_z_square = 0.0
 
         for micro in range(args.accumulate):
@@ -252,7 +252,7 @@ def train(args, ranks, config, ae):
             if adversary:                                       # the other player's turn
                 terms |= adversary.backward(img, rec)
             step_z_square = step_z_square + z2 / args.accumulate
-            run.add(**dict.fromkeys(loss_names(config.c, args.channels, c_prime), loss), **terms)
+            run.add(**dict.fromkeys(names, loss), **terms)
 
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
         run.add(grad_norm=grad_norm)
@@ -277,7 +277,7 @@ def train(args, ranks, config, ae):
                 evaluation.report(run, ae, done)
     run.close()
     if args.bench:
-        return run.bench_line(model_name(config), macs)
+        return run.bench_line(model_name(config), meta_cost(config, args)[0])
     if evaluation and args.phase == 3:
         show_gain(run)
 
@@ -520,12 +520,14 @@ def show_gain(run):
 def evaluate_only(args, ranks, ae):
     """--eval_only: a table and a picture for each --image_size; all of it in eval.json."""
     ae, results = to_device(ae, args, ranks).eval(), {}
+    if ranks.is_main:
+        make_folder(args.out)
     evaluation = Evaluation(args, ranks, ae.config)
     for size in args.image_size:
-        evaluation.open(size)
+        if size != evaluation.size:
+            evaluation.open(size)
         results[size] = evaluation.table(ae)
         if ranks.is_main:
-            os.makedirs(args.out, exist_ok=True)
             evaluation.picture(ae, f"{args.out}/eval_{size}.png")
             print(evaluation.show(results[size]))
     if ranks.is_main:
@@ -1287,6 +1289,7 @@ class Run:
         return {name: float(f"{s / w:.6g}") for name, (s, w) in zip(names, sums.tolist()) if w > 0}
 
     def close(self):
+        self.until = synchronized_time()
         self.bar.close()
         self.unlock()
         signal.alarm(0)
@@ -1297,7 +1300,7 @@ class Run:
         """Of the last steps; share_of_peak counts 3 x forward MACs against the chip's dense bf16 data-sheet
         rate."""
         args, cuda = self.args, self.ranks.device.type == "cuda"
-        seconds = (synchronized_time() - self.since) / args.timed
+        seconds = (self.until - self.since) / args.timed
         tflops = 3 * 2 * macs * args.batch_size / self.ranks.size / seconds / 1e12
         device, peak = "cpu", None
         gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -34,8 +34,9 @@ from tqdm import tqdm
 import fid
 from ae import (InputError, check_numbers, evenly_spaced, fingerprint, lock, open_autoencoder,
                 open_images, patiently, read_json, save_grid, script, to_uint8)
-from diffusion import MODELS, build, draw_t, forward_macs, gaussian, training_loss, uniform
-from sample import generate
+from diffusion import (DROP, MIRROR, MODELS, NOISE, TIME, build, draw_t, forward_macs, gaussian,
+                       training_loss, uniform)
+from sample import generate, write
 from train_ae import (COUNT, LARGE, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
                       draw_channels, end_ranks, learning_rate, load, load_state, loss_names, parallel,
                       parse_flags, print_estimate, sample_numbers, set_lr, settle_batch, shard, start_ranks,
@@ -103,7 +104,6 @@ def train(args, ranks, ae, c, size):
 
     # The loop
     stream = random_batch(args, ranks, c, size) if args.bench else batches(latents, args, ranks, start_step)
-    macs = forward_macs(net) if args.bench else None
     for step in run.steps(start_step):
         lr = set_lr(learning_rate(step, args, WARMUP_START), opt)
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
@@ -113,10 +113,10 @@ def train(args, ranks, ae, c, size):
             z, y = run.next(stream)                             # raw latents (b,c,h,w), labels (b,)
             numbers = sample_numbers(step, micro, args, ranks)
             n = torch.arange(numbers.start, numbers.stop, device=ranks.device)      # (b,): the random keys
-            u = uniform(len(n), args.seed, 1, n)                # (b,) in [0,1): time
-            noise = gaussian(z.shape, args.seed, 0, n)          # (b,c,h,w)
+            u = uniform(len(n), args.seed, TIME, n)             # (b,) in [0,1): time
+            noise = gaussian(z.shape, args.seed, NOISE, n)      # (b,c,h,w)
             if latents.num_classes:
-                dropped = uniform(len(n), args.seed, 2, n) < args.label_dropout
+                dropped = uniform(len(n), args.seed, DROP, n) < args.label_dropout
                 y = torch.where(dropped, latents.num_classes, y)  # the null label
 
             sync_gradients(forward, micro == args.accumulate - 1)  # ranks average in the last one only
@@ -151,7 +151,7 @@ def train(args, ranks, ae, c, size):
                 evaluate(run, done, ema, ae, latents, reference)
     run.close()
     if args.bench:
-        return run.bench_line(args.model, macs, latent=[c, size, size])
+        return run.bench_line(args.model, forward_macs(net), latent=[c, size, size])
 
 
 def save(run, done, net, ema, opt, guard, latents, must_match):
@@ -240,7 +240,7 @@ class Latents:
     def get_batch(self, indices, keys):
         indices = np.asarray(indices)
         self.check(indices)
-        u = uniform(len(keys), self.seed, 3, torch.as_tensor(keys))
+        u = uniform(len(keys), self.seed, MIRROR, torch.as_tensor(keys))
         mirrored = (u < 0.5).long().numpy()
         z = torch.from_numpy(self.arrays["latents"][mirrored, indices])
         return z, torch.from_numpy(self.arrays["labels"][indices])
@@ -426,14 +426,9 @@ def checksum(*arrays):
 
 
 def write_rows(path, start, values):
-    """Rows of a .npy file, down to the disk, by plain writes: those of several nodes never clobber a page, as
-    memory maps over NFS do."""
+    """Rows of a .npy file."""
     offset = np.load(path, mmap_mode="r").offset
-    with open(path, "r+b") as f:
-        f.seek(offset + start * values[0].nbytes)
-        f.write(values.tobytes())
-        f.flush()
-        os.fsync(f.fileno())
+    write(path, offset + start * values[0].nbytes, values.tobytes())
 
 
 # ----------------------------------------------------------------------------------------------------------

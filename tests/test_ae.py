@@ -621,15 +621,6 @@ def test_which_names_mean_a_diffusers_kl(tmp_path, monkeypatch):
     one_line(lambda: A.open_autoencoder(5, download=False), "5: no such checkpoint")
 
 
-@pytest.fixture
-def one_thread():
-    """Times of a process count the threads that spin at barriers; beside another job that is most of them."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def test_training_step_is_no_slower_than_diffusers(tmp_path, one_thread):
     """Timed in turn in one process; the median ratio, with room for a noisy machine."""
     theirs = diffusers_dc()

@@ -725,6 +725,8 @@ def start(flags, errors, **env):
     code = 1
     try:
         tqdm.set_lock(threading.RLock())                                        # its own, which a kill may leave held
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)           # not those that a trainer of another test has left
         torch.set_num_threads(1)
         os.environ.update(env)
         sys.argv = ["sample.py", *map(str, flags)]
@@ -737,14 +739,6 @@ def start(flags, errors, **env):
         Path(errors).open("a").write(traceback.format_exc())
     finally:
         os._exit(code)
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 FIVE = "--solver sde --steps 2 --n 5 --batch_size 2 --classes random --guidance 1.5".split()    # three batches
