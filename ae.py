@@ -32,7 +32,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -499,7 +499,7 @@ class ImageFolder(Images):
         self.size = size
         self.train = train
         self.seed = seed
-        found, others = patiently(walk, path)
+        found, others = list_images(path)
         self.classes = sorted({folder for _, folder in found} - {"."})
         self.num_classes = len(self.classes)
         number = {name: i for i, name in enumerate(self.classes or ["."])}
@@ -507,9 +507,8 @@ class ImageFolder(Images):
         if not labelled:
             raise InputError(f"--data {path}: no images in there (.jpg, .png, .webp, what else pillow reads)")
         others["images beside class folders"] = len(found) - len(labelled)
-        left_out = ", ".join(f"{n} {what}" for what, n in others.most_common(6) if n) or "nothing"
         if os.environ.get("RANK", "0") == "0":
-            print(f"{path}: {len(labelled)} images, {self.num_classes} classes; left out: {left_out}")
+            print(f"{path}: {len(labelled)} images, {self.num_classes} classes; {left_out(others)}")
         self.files, self.labels = zip(*labelled)
         self.bad = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()   # between loader processes
         self.read(0)
@@ -550,13 +549,13 @@ class ImageFolder(Images):
 
 
 def list_images(path):
-    """[(file, class folder or "." at the top)] in sorted order, of all that pillow reads. Hidden names are
-    skipped. Links are followed, but within a class no folder is entered twice, so that loops end."""
-    return patiently(walk, path)[0]
+    """-> [(file, class folder or "." at the top)] in sorted order, of all that pillow reads, and a Counter of
+    other files by suffix. Hidden names are skipped. Links are followed, but within a class no folder is
+    entered twice, so that loops end."""
+    return patiently(walk, path)
 
 
 def walk(path):
-    """-> what list_images gives, and a Counter of other files by suffix. OSError: a folder does not open."""
     def stop(error):
         raise error
 
@@ -576,11 +575,23 @@ def walk(path):
     return found, others
 
 
+def left_out(others):
+    """A Counter of files -> words."""
+    return "left out: " + (", ".join(f"{n} {what}" for what, n in others.most_common(6) if n) or "nothing")
+
+
+def read_bytes(path):
+    """What a file holds; of a named pipe nothing, where an ordinary read would wait for ever."""
+    nonblock = getattr(os, "O_NONBLOCK", 0)                             # Windows has none
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblock)) as f:
+        return f.read()
+
+
 def read_image(path, at_least=None, only_large=False):
     """Any file -> PIL RGB in sRGB, turned by its EXIF, transparency over white. Unreadable: what does not
     decode. InputError: what the system cannot read. at_least: a JPEG may be decoded smaller, which is faster;
     both sides stay >= that. only_large: only where it has more pixels than pillow allows (178,956,970)."""
-    data = patiently(Path.read_bytes, Path(path))
+    data = patiently(read_bytes, path)
     try:
         return decode(data, at_least, only_large)
     except Exception as e:                                              # pillow raises nearly all there are
@@ -875,9 +886,8 @@ def open_weights(x, names, hub, download=True):
     except Damaged as e:
         if file.name != "ckpt.pt" or not before.exists():
             raise
-        content = read_weights(before)
-        print(f"{str(e)[:110]}; using {before}, of step {content.get('step')}", file=sys.stderr)
-        return before, content
+        print(f"{str(e)[:110]}; using {before}", file=sys.stderr)
+        return before, read_weights(before)
 
 
 def read_weights(file):
@@ -922,16 +932,18 @@ def read_json(file):
 def plain_names(tensors):
     """Tensors by name, without what DataParallel, torch.compile or Lightning put before it. Raises where
     there is something else, or a shape that claims more than the file holds."""
-    if any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in tensors.values()):
-        raise ValueError("a tensor that claims to be larger than the file")
+    for name, t in tensors.items():
+        if t.is_complex() or t.numel() * t.element_size() > t.untyped_storage().nbytes():
+            raise ValueError(f"{name}: complex, or it claims to be larger than the file")
     return {re.sub(r"^((module|model|_orig_mod)\.)+|_orig_mod\.", "", name): t for name, t in tensors.items()}
 
 
 def verified(file):
     """Checks a zip by the digest that write_checkpoint left at its end, else by the zip's own sums, neither
     of which torch.load does. True: nothing in it is compressed. ValueError: damaged."""
-    with zipfile.ZipFile(file) as z:
-        if z.comment:
+    with zipfile.ZipFile(file) as z, open(file, "rb") as f:
+        f.seek(-2, os.SEEK_END)
+        if z.comment or f.read() != bytes(2):                           # the length of a comment that was cut
             if z.comment != digest(file):
                 raise ValueError("another digest")
         elif z.testzip():
@@ -944,7 +956,11 @@ def write_checkpoint(content, file, keep=None):
     the disk, then renamed. A kill at any moment leaves the old file or the new one. keep: the name that the
     old one gets."""
     part = f"{file}.tmp"
-    torch.save(content, part)
+    try:
+        torch.save(content, part)
+    except RuntimeError as e:
+        Path(part).unlink(missing_ok=True)
+        raise OSError(errno.ENOSPC, "could not be written to its end; is the disk full?", part) from e
     with zipfile.ZipFile(part, "a") as z:
         z.comment = DIGEST + bytes(64)                                  # room for it
     end = digest(part)
@@ -1214,12 +1230,20 @@ def open_autoencoder(x, download=True):
 # ------------------------------------------------------------------------------------------------------------
 # What every script needs of the system
 
+@contextmanager
+def writing(flag, path):
+    """Around what writes there: errors of the system, a full disk and the like, become one line."""
+    try:
+        yield
+    except OSError as e:
+        if e.strerror is None:                                          # not of the system
+            raise
+        raise InputError(f"{flag} {path}: {e}; make room there, or name another") from None
+
 
 def make_folder(path):
-    try:
+    with writing("--out", path):
         os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {path}: no folder can be made there ({e.strerror}); name another") from None
     return path
 
 

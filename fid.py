@@ -38,8 +38,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ae import (Flags, InputError, Unreadable, center_crop, check_device, check_numbers, list_images,
-                open_images, patiently, read_image, read_weights, script, to_uint8)
+from ae import (Flags, InputError, Unreadable, center_crop, check_device, check_numbers, left_out,
+                list_images, open_images, patiently, read_image, read_weights, script, to_uint8, writing)
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -614,12 +614,15 @@ class ImageSet(torch.utils.data.Dataset):
     def __init__(self, path, num=None, image_size=None):
         self.path = str(path)
         self.image_size = image_size
+        self.left_out = ""
         if self.path == "toy":
             self.kind = "toy"
             self.data = open_images("toy", image_size or 32)
         elif os.path.isdir(path):
             self.kind = "folder"
-            self.data = sorted(file for file, _ in list_images(path))
+            found, others = list_images(path)
+            self.data = sorted(file for file, _ in found)
+            self.left_out = "; " + left_out(others)
         else:
             self.kind = "npz"
             self.data = self.open_npz(path)
@@ -1017,8 +1020,9 @@ def save_statistics(path, statistics, extractor):
     """mu, sigma and meta, which says how they were made, to an .npz; returns meta."""
     meta = dict(n=statistics.n, size=statistics.size, hash=statistics.hash, features=extractor.name,
                 features_hash=extractor.hash, resize=extractor.resize)
-    np.savez(path + ".tmp.npz", mu=statistics.mu, sigma=statistics.sigma, meta=json.dumps(meta))
-    os.replace(path + ".tmp.npz", path)
+    with writing("--save_stats", path):
+        np.savez(path + ".tmp.npz", mu=statistics.mu, sigma=statistics.sigma, meta=json.dumps(meta))
+        os.replace(path + ".tmp.npz", path)
     return meta
 
 
@@ -1045,7 +1049,8 @@ def main(argv=None):
     sides = open_sides(args, least=2 if needs_network else 1)
     known = {role: images or stored for role, (images, stored) in sides.items()}
     for role, side in known.items():
-        print0(f"{role}: {side.path}, {side.n or '?'} images, {hxw(side.size)} ({side.kind})")
+        print0(f"{role}: {side.path}, {side.n or '?'} images, {hxw(side.size)} ({side.kind})"
+               + getattr(side, "left_out", ""))
     n = known["reference"].n
     result = {}
     notes = []
@@ -1094,7 +1099,8 @@ def main(argv=None):
         line = json.dumps(result, allow_nan=False)
         print(line, flush=True)
         if args.json:
-            Path(args.json).write_text(line + "\n")
+            with writing("--json", args.json):
+                Path(args.json).write_text(line + "\n")
     if world > 1:
         dist.destroy_process_group()
 

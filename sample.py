@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import diffusion
 from ae import (Flags, InputError, check_numbers, fingerprint, lock, make_folder, open_autoencoder, read_json,
-                save_grid, script, to_uint8)
+                save_grid, script, to_uint8, writing)
 from diffusion import ddpm_schedule, gaussian, model_mean_log_var, vp_schedule
 
 TOY = dict(ckpt="out/toy-diffusion", out="out/toy-samples", guidance=2.0)   # what --toy sets
@@ -675,7 +675,7 @@ def main(argv=None):
     h, w = net.grid
     f = ae.config.f
     part = Unfinished(out, (args.n, h * f, w * f, 3), args.batch_size)
-    try:
+    with writing("--out", out):
         if rank == 0:
             locked = lock(make_folder(out))                     # as long as this process lives
             settings = {
@@ -713,10 +713,6 @@ def main(argv=None):
         write_grid(out / "samples.png", pixels, labels, net, args, full_pictures)
         part.remove()
         locked.close()
-    except OSError as e:
-        raise InputError(f"--out {out}: {e}; mend that, and the same command goes on") from None
-    except KeyboardInterrupt:
-        raise InputError("stopped by Ctrl-C; the same command goes on") from None
     print(f"{args.n} pictures in {out}: samples.png, samples.npz, samples.json")
     if net.info.get("ae_hash") not in (None, about["ae_hash"]):
         print(f"note: {args.ae} is not the autoencoder this model's latents came from "

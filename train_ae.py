@@ -51,7 +51,7 @@ from tqdm import tqdm
 import fid
 from ae import (DCAE, HUB, AEConfig, Flags, InputError, channel_mask, check_numbers, doubling,
                 evenly_spaced, lock, make_folder, open_images, open_weights, parse_channels, save_grid,
-                script, to_uint8, write_checkpoint)
+                script, to_uint8, write_checkpoint, writing)
 
 PHASES = {  # defaults of the flags. lr, betas, weight decay: [community]; sizes: [paper]; GAN weight: [ours]
     1: dict(image_size=[256], lr=6.4e-5, betas=(0.9, 0.999), weight_decay=0.1, gan=0.0),
@@ -185,9 +185,10 @@ def main(argv=None):
     config, ae = configure(args, ranks)                         # ae: of --init, else None
     if args.dry_run:
         return dry_run(args, ranks, config)
-    if args.eval_only:
-        return evaluate_only(args, ranks, ae)
-    return train(args, ranks, config, ae)
+    with writing("--out", args.out):
+        if args.eval_only:
+            return evaluate_only(args, ranks, ae)
+        return train(args, ranks, config, ae)
 
 
 def train(args, ranks, config, ae):

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import fid
 from ae import (InputError, check_numbers, evenly_spaced, fingerprint, lock, open_autoencoder,
-                open_images, patiently, read_json, save_grid, script, to_uint8)
+                open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8, writing)
 from diffusion import (DROP, MIRROR, MODELS, NOISE, TIME, build, draw_t, forward_macs, gaussian,
                        training_loss, uniform)
 from sample import generate, write
@@ -64,7 +64,8 @@ def main(argv=None):
     ae, c, size = configure(args, ranks)                        # ae: None for --bench and --dry_run
     if args.dry_run:
         return dry_run(args, ranks, c, size)
-    return train(args, ranks, ae, c, size)
+    with writing("--out", args.out):
+        return train(args, ranks, ae, c, size)
 
 
 def train(args, ranks, ae, c, size):
@@ -312,7 +313,7 @@ def open_cache(args, manifest, files):
             raise unusable(folder, f"made with another {', '.join(wrong)}")
         if open_arrays(folder, manifest)["done"].all():
             return None                                         # reading alone needs no lock
-    with writing(folder):
+    with writing("--cache", folder):
         os.makedirs(folder, exist_ok=True)
         try:
             held = lock(folder)
@@ -333,7 +334,7 @@ def digest_files(root, files):
             name = file.removeprefix(root).lstrip("/")
             h.update(os.fsencode(f"{name}\0{stat.st_size}\0"))
     for file in files[::max(1, len(files) // SAMPLE)]:
-        h.update(patiently(Path.read_bytes, Path(file)))
+        h.update(patiently(read_bytes, file))
     return h.hexdigest()
 
 
@@ -375,15 +376,6 @@ def unusable(folder, what, mend=""):
     return InputError(f"--cache {folder}: {what}; {mend}remove the folder or name another --cache")
 
 
-@contextmanager
-def writing(folder):
-    """Errors of the system, a full disk and the like, in one line."""
-    try:
-        yield
-    except OSError as e:
-        raise InputError(f"--cache {folder}: {e.strerror}; make room, or name another --cache") from None
-
-
 @torch.no_grad()
 def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
     """Encodes this rank's chunks, in the dtype that the cache was begun in."""
@@ -404,7 +396,7 @@ def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
                 mirrored.append(ae.encode(img.flip(3)).half().cpu())
             labels.append(y)
             bar.update(len(y))
-        with writing(args.cache):
+        with writing("--cache", args.cache):
             write_chunk(args.cache, k, len(numbers), plain, mirrored, labels)
     bar.close()
 

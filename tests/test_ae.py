@@ -903,6 +903,9 @@ def test_configurations_of_strangers_are_one_line_at_once(tmp_path):
         assert name in published
         torch.save({**published, name: torch.zeros(1).expand(2 ** 48)}, file)
         one_line(lambda: DCAE.from_pretrained(file), "ckpt.pt", "larger than the file", folder=tmp_path)
+    for kind in (torch.complex64, torch.complex128):
+        torch.save({**published, name: published[name].to(kind)}, file)
+        one_line(lambda: DCAE.from_pretrained(file), "ckpt.pt", "complex", folder=tmp_path)
     stages = {f"encoder.stages.{10 ** 9}.op_list.0.main.conv2.norm.weight": torch.ones(4)}
     for content in ({**published, **stages}, {**published, "w": 3}, {"state_dict": 3}, {3: torch.ones(4)},
                     {"model": []}):
@@ -961,7 +964,8 @@ def test_any_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
         file.write_bytes(data)
         with pytest.raises(InputError, match="x.pt: truncated, damaged"):
             A.read_weights(file)
-    for data in (b"", whole[:-1], whole[:-80], whole[:len(whole) // 2], whole[1:], whole + b"\0", bytes(len(whole))):
+    cut = [whole[:-k] for k in range(1, 100)]                           # 71: the digest, and nothing else
+    for data in (b"", *cut, whole[:len(whole) // 2], whole[1:], whole + b"\0", bytes(len(whole))):
         file.write_bytes(data)
         with pytest.raises(InputError, match="x.pt: truncated, damaged"):
             A.read_weights(file)
@@ -993,11 +997,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys, m
         for x in (tmp_path, tmp_path / "ckpt.pt"):
             assert read_checkpoint(x)["step"] == 1
             line, = capsys.readouterr().err.splitlines()
-            assert "damaged" in line and line.endswith(f"using {tmp_path / 'ckpt_prev.pt'}, of step 1")
+            assert "ckpt.pt: truncated, damaged" in line and line.endswith(f"using {tmp_path / 'ckpt_prev.pt'}")
             got = DCAE.from_pretrained(x)
             assert got.info["step"] == 1 and same_tensors(got, small(seed=1))
             assert len(capsys.readouterr().err.splitlines()) == 1
         assert (tmp_path / "ckpt.pt").read_bytes() == data              # set aside by the trainer alone
+    before = (tmp_path / "ckpt_prev.pt").read_bytes()
+    (tmp_path / "ckpt_prev.pt").write_bytes(before[:-100])              # both: both are named
+    one_line(lambda: read_checkpoint(tmp_path), "ckpt_prev.pt: truncated, damaged", folder=tmp_path)
+    assert "ckpt.pt: truncated, damaged" in capsys.readouterr().err
+    (tmp_path / "ckpt_prev.pt").write_bytes(before)
     (tmp_path / "ckpt.pt").unlink()
     assert read_checkpoint(tmp_path)["step"] == 1                       # a kill between the two renamings
     # An outage is no damage: nobody goes on from an older step because of it
@@ -1559,7 +1568,7 @@ def test_every_suffix_that_pillow_opens_is_read_and_what_is_no_picture_is_not(tm
         Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i:02d}.{suffix.upper()}", kind)
     for suffix in ("pdf", "mpg", "h5", "eps", "ps", "wmf", "txt", "npy"):
         (tmp_path / f"x.{suffix}").write_bytes(b"x")
-    assert {os.path.splitext(file)[1][1:].lower() for file, _ in A.list_images(tmp_path)} == set(suffixes)
+    assert {os.path.splitext(file)[1][1:].lower() for file, _ in A.list_images(tmp_path)[0]} == set(suffixes)
     assert len(open_images(tmp_path, 8)) == len(suffixes)
     line, = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{tmp_path}: {len(suffixes)} images, 0 classes; left out: 1 .") and "others" not in line
@@ -1578,13 +1587,32 @@ def test_links_are_followed_and_loops_of_links_end(tmp_path, capsys):
                          ("c", "../elsewhere"), ("b/one", "../c"), ("loop", "loop"), ("nowhere", "gone"),
                          (".link", "../elsewhere")):
         os.symlink(target, data / link)
-    found = [(os.path.relpath(file, data), label) for file, label in A.list_images(data)]
+    found = [(os.path.relpath(file, data), label) for file, label in A.list_images(data)[0]]
     # What a class reaches by links is its own: a/up leads to the top, which a class does not enter again
     assert found == [("a/1.png", "a"), ("a/deep/2.PNG", "a"), ("b/3.png", "b"), ("b/one/7.png", "b"), ("c/7.png", "c")]
     images = open_images(data, 8)
     assert images.classes == ["a", "b", "c"] and list(images.labels) == [0, 0, 1, 1, 2]
     assert capsys.readouterr().out == f"{data}: 5 images, 3 classes; left out: 2 without suffix\n"
-    assert A.list_images(str(data) + "/") == [(f"{data}/{file}", label) for file, label in found]
+    assert A.list_images(str(data) + "/")[0] == [(f"{data}/{file}", label) for file, label in found]
+
+
+def test_a_named_pipe_among_the_images_holds_nothing_up(tmp_path, capfd):
+    colour(tmp_path / "2.png", (10, 0, 0))
+    os.mkfifo(tmp_path / "1.png")
+    assert colours([open_images(tmp_path, 8)[0]]) == [((10, 0, 0), 0)]
+    assert "1.png: unreadable" in capfd.readouterr().err
+
+
+def test_errors_of_the_system_are_one_line_and_others_pass(tmp_path):
+    def fails(e):
+        with A.writing("--out", tmp_path):
+            raise e
+    one_line(lambda: fails(OSError(errno.ENOSPC, "No space left on device", "x.pt")), f"--out {tmp_path}", "x.pt",
+             "No space left", "make room", folder=tmp_path)
+    for e in (OSError("of a library"), ValueError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(e)) as got:
+            fails(e)
+        assert got.value is e
 
 
 def test_ranks_other_than_the_first_say_nothing_of_the_folder(tmp_path, capsys, monkeypatch):
@@ -1601,13 +1629,13 @@ def test_an_outage_is_waited_for_and_then_ends_in_one_line(tmp_path, monkeypatch
     data = open_images(tmp_path / "data", 8)
     assert 9 <= sum(A.WAITS) <= 11
     monkeypatch.setattr(A, "WAITS", (0.001, 0.002, 0.003))
-    read, left = Path.read_bytes, []
+    read, left = A.read_bytes, []
 
     def away(path):
         if left:
             raise OSError(left.pop(), "away", str(path))
         return read(path)
-    monkeypatch.setattr(Path, "read_bytes", away)
+    monkeypatch.setattr(A, "read_bytes", away)
     for number in (errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES):
         left[:] = [number] * 3
         assert colours([data[5]]) == [((5, 0, 0), 0)] and not left      # not its neighbour
@@ -1615,7 +1643,7 @@ def test_an_outage_is_waited_for_and_then_ends_in_one_line(tmp_path, monkeypatch
         one_line(lambda: data[5], "05.png", "away", "start again", folder=tmp_path)
     assert not data.bad.any() and capfd.readouterr().err == ""
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(A, "read_bytes", read)
     os.rename(tmp_path / "data", tmp_path / "gone")
     loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1)
     one_line(lambda: next(iter(loader)), "00.png", "No such file", folder=tmp_path)     # out of a worker as well

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import runpy
 import subprocess
 import sys
@@ -902,6 +903,19 @@ def test_statistics_round_trip_and_remember_how_they_were_made(sets, tiny, capsy
     out, text = run(capsys, tmp_path / "b.npz", tmp_path / "b.npz", *flags)           # both sides statistics
     assert out["fid"] < 1e-9 and out["is"] is None and "no logits of the samples" in text
 
+    # A disk that is full by then: one line; what is there stays. The score has been printed before.
+    held = (tmp_path / "b.npz").read_bytes()
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for flag, name in (("--save_stats", "b.npz"), ("--json", "score.json")):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, usual[1]))
+            with pytest.raises(InputError, match=f"{flag} .*{name}: .*File too large.*make room"):
+                run(capsys, sets.flat, sets.b_npz, *flags, *fid_only, flag, tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert json.loads(capsys.readouterr().out)["fid"] == pytest.approx(want["fid"], rel=1e-3)
+    assert (tmp_path / "b.npz").read_bytes() == held
+
     # With two sides it is the reference's that are written, whole; with one, --num says how many.
     run(capsys, sets.flat, sets.b_npz, *flags, *fid_only, "--save_stats", tmp_path / "both.npz", "--num", 9)
     run(capsys, sets.b_npz, "--features", tiny, "--save_stats", tmp_path / "few.npz", "--num", 3)
@@ -1407,7 +1421,7 @@ def test_files_that_change_or_fail_while_scoring(sets, monkeypatch, tmp_path):
         return wrapped
 
     with monkeypatch.context() as m:
-        m.setattr(Path, "read_bytes", at_times(Path.read_bytes))
+        m.setattr(ae, "read_bytes", at_times(ae.read_bytes))
         m.setattr(np, "fromfile", at_times(np.fromfile))
         for data in (images, pixels):
             assert torch.equal(torch.cat(list(fid.read_batches(data, 2)))[:6], sets.a[:6])

@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -760,6 +761,28 @@ def test_skipped_steps_leave_no_trace_but_in_the_count(tmp_path, small_discrimin
     assert ckpt(tmp_path / "twelve")["skipped"] == 10
     bias = [ckpt(tmp_path / "twelve", name)["model"]["encoder.project_out.bias"] for name in ("ckpt", "ckpt_prev")]
     assert not torch.equal(*bias)                                 # it trains on
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_disk_that_is_full_ends_a_run_in_one_line_and_it_goes_on(tmp_path, toy_cache, stage, capsys):
+    run, flags = (stage1, AE) if stage == 1 else (stage2, f"{DIT} {toy_cache} --model SiT-T")
+    out = tmp_path / "out"
+    run(f"{flags} --steps 3 --out {out}")
+    held = (out / "ckpt.pt").read_bytes()
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (len(held) // 2, 0):                              # the checkpoint, the log; capsys needs no file
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))
+            with pytest.raises(InputError, match=f"--out {out}: .*make room") as e:
+                run(f"{flags} --steps 6 --out {out}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        assert len(str(e.value)) < 200 and (out / "ckpt.pt").read_bytes() == held
+        assert not (out / "ckpt.pt.tmp").exists()                 # its room is free again
+    run(f"{flags} --steps 6 --out {out}")
+    run(f"{flags} --steps 6 --out {tmp_path}/undisturbed")
+    assert_same_bits(ckpt(out), ckpt(tmp_path / "undisturbed"), ("model", "optimizer"))
+    assert [line["step"] for line in log(out)] == [line["step"] for line in log(tmp_path / "undisturbed")]
 
 
 def test_a_skipped_step_of_the_denoiser_leaves_the_average_alone(tmp_path, toy_cache):
