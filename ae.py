@@ -829,7 +829,7 @@ class ToyImages(Images):
 
 FILES = ("ckpt.pt", "ckpt_prev.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
          "model.safetensors", "pytorch_model.bin", "model.pt", "*.index*.json", "*.safetensors")
-HUB = (r"(mit-han-lab|dc-ai)/dc-ae-[\w.-]+", "dc-ai/dc-ae-f64c128-1.5")        # published names, and one
+HUB = (r"(mit-han-lab|dc-ai)/dc-ae-[\w.-]+", "dc-ai/dc-ae-1.5-f64c128")        # published names, and one
 NOT_YOURS = "{0}: named by a checkpoint, not by you; to download it, pass --ae {0} yourself"
 DIGEST = b"sha256 "                                                     # marks a checkpoint's zip comment
 
@@ -852,24 +852,18 @@ def find_weights(x, names, hub, download=True):
 
 
 def fetch(name, download):
-    """A name on the Hugging Face hub -> the folder below torch.hub's that holds its files, fetched once."""
-    folder = Path(torch.hub.get_dir(), "checkpoints", name.replace("/", "--"))
-    files = ["model.safetensors"]
-    if name.endswith("-diffusers"):
-        files = ["diffusion_pytorch_model.safetensors", "config.json"]
-    for file in files:
-        if (folder / file).exists():
-            continue
-        if not download:
-            raise InputError(NOT_YOURS.format(name))
-        folder.mkdir(parents=True, exist_ok=True)
-        url = f"https://huggingface.co/{name}/resolve/main/{file}"
-        print(f"downloading {url}")
-        try:
-            torch.hub.download_url_to_file(url, str(folder / file), progress=sys.stderr.isatty())
-        except Exception:                                               # of urllib, http, or the disk
-            raise InputError(f"no download: fetch {url} into {folder}") from None
-    return folder
+    """A name on the Hugging Face hub -> the folder in that package's cache that holds its files."""
+    url = f"https://huggingface.co/{name}"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise InputError(f"{name}: pip install huggingface_hub, or name a folder that holds {url}") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"],
+                                      local_files_only=not download))
+    except Exception:                                                   # of the network, the hub, or the disk
+        lost = f"{name}: no download; put the files of {url} into a folder, and name that"
+        raise InputError(lost if download else NOT_YOURS.format(name)) from None
 
 
 class Damaged(InputError):

@@ -1,6 +1,6 @@
 """Both trainers under faults: killed at random moments, checkpoints damaged, gone on with by the same command.
 
-    python tests/faults.py --trials 20                  # an hour on two CPU cores; not collected by pytest
+    python tests/faults.py --trials 20                  # 8 minutes on two CPU cores; not collected by pytest
 
 For each trainer, alone and as two ranks under torchrun: a run that nobody disturbs, then runs that are killed (kill -9
 of all processes, kill -9 of one of them, SIGTERM) at a random moment of their life, between which now and then a bit of

@@ -609,8 +609,7 @@ def test_which_names_mean_a_diffusers_kl(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network here,\nnone")
     monkeypatch.setattr(kl, "from_pretrained", offline)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     kl, ours = "nor a diffusers AutoencoderKL (no network here, none", "no such checkpoint"
@@ -640,47 +639,50 @@ def test_training_step_is_no_slower_than_diffusers(tmp_path, one_thread):
         assert ratio < 1.15, ratio
 
 
-def test_hub_name_without_network(tmp_path, monkeypatch, capsys):
-    st = pytest.importorskip("safetensors.torch")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: ".")
+def test_published_names_are_fetched_by_huggingface_hub(tmp_path, monkeypatch):
+    st, hub = pytest.importorskip("safetensors.torch"), pytest.importorskip("huggingface_hub")
     monkeypatch.chdir(tmp_path)
-    asked, ae = [], small()
+    asked, ae, online = [], small(), False
     ae.scale = 0.5
 
-    def offline(url, dst, **_):
-        asked.append(url)
-        raise OSError("no network")
-
-    def online(url, dst, **_):                                          # what the hub would hold
-        asked.append(url)
-        ae.save_pretrained(tmp_path / "hub")
-        st.save_file(official(ae.state_dict(), "1.5"), tmp_path / "hub" / "model.safetensors")
-        Path(dst).write_bytes((tmp_path / "hub" / url.split("/")[-1]).read_bytes())
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    url = "https://huggingface.co/dc-ai/dc-ae-f64c128-1.5/resolve/main/model.safetensors"
-    folder = Path("checkpoints", "dc-ai--dc-ae-f64c128-1.5")
+    def snapshot_download(name, allow_patterns, local_files_only):      # what the hub would hold
+        folder = tmp_path / "cache" / name
+        if not folder.exists():
+            asked.append((name, local_files_only))
+            if local_files_only or not online:
+                raise OSError("no network")
+            ae.save_pretrained(folder)
+            if not name.endswith("-diffusers"):
+                (folder / "config.json").unlink()
+                (folder / "diffusion_pytorch_model.safetensors").unlink()
+                st.save_file(official(ae.state_dict(), "1.5"), folder / "model.safetensors")
+        assert all(any(file.match(pattern) for pattern in allow_patterns) for file in folder.iterdir())
+        return str(folder)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    name = "dc-ai/dc-ae-f64c128-1.5"
     for open_it in (DCAE.from_pretrained, A.open_autoencoder):          # a name that came out of a file: no network
-        one_line(lambda: open_it("dc-ai/dc-ae-f64c128-1.5", download=False), "pass --ae dc-ai/dc-ae-f64c128-1.5")
-    assert not asked and not folder.exists()
-    one_line(lambda: DCAE.from_pretrained("dc-ai/dc-ae-f64c128-1.5"), f"fetch {url} into {folder}")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", online)
-    b = DCAE.from_pretrained("dc-ai/dc-ae-f64c128-1.5")
-    assert b.scale == 0.5935 and same_tensors(b, ae) and asked == [url, url]
-    assert capsys.readouterr().out.splitlines() == [f"downloading {url}"] * 2
-    assert same_tensors(A.open_autoencoder("dc-ai/dc-ae-f64c128-1.5", download=False), ae)     # what is here
+        one_line(lambda: open_it(name, download=False), f"pass --ae {name}")
+    assert asked == [(name, True)] * 2
+    one_line(lambda: DCAE.from_pretrained(name), f"no download; put the files of https://huggingface.co/{name} into a")
 
-    name = "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"
-    b = DCAE.from_pretrained(name)
-    assert b.scale == 0.5 and same_tensors(b, ae)
-    assert asked[2:] == [f"https://huggingface.co/{name}/resolve/main/{file}"
-                         for file in ("diffusion_pytorch_model.safetensors", "config.json")]
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    assert same_tensors(DCAE.from_pretrained(name), ae)                 # kept: no second download
+    online = True
+    scales = {name: 0.5935, "dc-ai/dc-ae-1.5-f64c128": 0.5935, "mit-han-lab/dc-ae-f32c32-in-1.0": 0.3189,
+              "mit-han-lab/dc-ae-f64c128-in-1.0": 0.2889, "dc-ai/dc-ae-1.5-f32c128": 1, "dc-ai/dc-ae-f32c128-1.1": 1,
+              "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers": 0.5, "dc-ai/dc-ae-1.5-f64c128-diffusers": 0.5}
+    for published, scale in scales.items():                             # of facts/training_facts.md
+        b = DCAE.from_pretrained(published)
+        assert b.scale == scale and same_tensors(b, ae), published
+    online = False
+    assert same_tensors(A.open_autoencoder(name, download=False), ae)   # what is here needs no network
     (tmp_path / "dc-ai" / "dc-ae-mine").mkdir(parents=True)
     save_ours(small(seed=1), tmp_path / "dc-ai" / "dc-ae-mine" / "ckpt.pt")
     assert same_tensors(DCAE.from_pretrained("dc-ai/dc-ae-mine"), small(seed=1))  # a folder of that name is that folder
     one_line(lambda: DCAE.from_pretrained("somebody/dc-ae-f64c128-1.5"), "dc-ae-f64c128-1.5: no such checkpoint")
-    assert len(asked) == 4
+    assert len(asked) == 2 + len(scales) + 1
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)           # not installed
+    one_line(lambda: DCAE.from_pretrained("dc-ai/dc-ae-new"), "pip install huggingface_hub",
+             "https://huggingface.co/dc-ai/dc-ae-new")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -853,26 +853,26 @@ def test_original_uvit_names(tmp_path):
 
 
 def test_a_hub_name_is_downloaded_where_there_is_no_such_path(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
     net, name, asked = tiny("USiT"), "mit-han-lab/dc-ae-f32c32-in-1.0-usit-h-in-512px", []
     file = save(net, tmp_path / "blobs" / "model.safetensors")
 
-    def download(url, to, progress=True):
-        asked.append(url)
-        shutil.copy(file, to)
+    def download(name, allow_patterns, local_files_only):
+        asked.append((name, local_files_only))
+        return str(file.parent)
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for _ in range(2):                                                          # once, then it is there
-        got = from_pretrained(name, heads=2)
-    assert same(got, net) and got.info == dict(F32, image_size=512)
-    assert asked == [f"https://huggingface.co/{name}/resolve/main/model.safetensors"]
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    got = from_pretrained(name, heads=2)
+    assert same(got, net) and got.info == dict(F32, image_size=512) and asked == [(name, False)]
+    for size in ("2b", "3b"):                                                   # the newest names
+        got = from_pretrained(f"dc-ai/dc-ae-1.5-f64c128-usit-{size}-in-512px", heads=2)
+        assert same(got, net) and got.info == dict(ae="dc-ai/dc-ae-1.5-f64c128", scale=0.5935, image_size=512)
 
-    def offline(url, to, progress=True):
+    def offline(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match="no download: fetch https://huggingface.co/mit-han-lab"):
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match="no download; put the files of https://huggingface.co/mit-han-lab"):
         from_pretrained(name, heads=2)
     with pytest.raises(ValueError, match="no such checkpoint"):
         from_pretrained("somebody/something")
