@@ -42,6 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from torch.utils.checkpoint import checkpoint
 
 try:
     import fcntl
@@ -107,14 +108,17 @@ class AEConfig:
     version: str = "1.5"            # "1.5" ResBlocks; "1.0" EfficientViT from stage 3 on, latent shortcuts
     width: int = 128                # channels of stage 0, of which the others are multiples; 128: published
     shortcuts: bool = True          # without parameters, over space and channels; False: DC-AE's ablation
+    in_channels: int = 3            # of the images; others than RGB's need a data set of one's own
     encoder_widths: tuple = None    # channels of each stage
     encoder_depths: tuple = None    # blocks of each stage
     decoder_widths: tuple = None
     decoder_depths: tuple = None
 
     def __post_init__(self):
-        if not whole(self.f, self.c, self.width) or self.c < 1:
-            raise InputError(f"--f {self.f}, --c {self.c}, --width {self.width}: whole numbers in 1 .. 65536")
+        for flag in ("f", "c", "width", "in_channels"):
+            number = getattr(self, flag)
+            if not whole(number) or number < 1:
+                raise InputError(f"--{flag} {number}: must be a whole number in 1 .. 65536")
         if not 4 <= self.f <= 4096 or self.f & (self.f - 1):
             raise InputError(f"--f {self.f}: the spatial compression must be a power of two in 4 .. 4096")
         if self.version not in list(PUBLISHED):
@@ -308,18 +312,28 @@ class Up(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # The autoencoder
 
+class Stage(nn.Sequential):
+    """Blocks of one size. checkpointing: what they compute is computed once more in the backward pass."""
+    checkpointing = False
+
+    def forward(self, x):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(super().forward, x, use_reentrant=False)
+        return super().forward(x)
+
+
 class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths = config.encoder_widths
         self.shortcut = config.latent_shortcuts()
-        self.project_in = Down(3, widths[1], shortcut=False)            # for the empty stage 0
+        self.project_in = Down(config.in_channels, widths[1], shortcut=False)       # for the empty stage 0
         self.stages = nn.ModuleList()
         for i, depth in enumerate(config.encoder_depths):
             stage = [make_block(config, i, widths[i]) for _ in range(depth)]
             if 0 < i < len(widths) - 1:
                 stage.append(Down(widths[i], widths[i + 1], config.shortcuts))
-            self.stages.append(nn.Sequential(*stage))
+            self.stages.append(Stage(*stage))
         self.project_out = nn.Conv2d(widths[-1], config.c, 3, padding=1)
 
     def forward(self, x):                               # (B, 3, H, W) -> (B, c, H/f, W/f)
@@ -342,9 +356,9 @@ class Decoder(nn.Module):
         for i, depth in enumerate(config.decoder_depths):
             stage = [Up(widths[i + 1], widths[i], config.shortcuts)] if 0 < i < len(widths) - 1 else []
             stage += [make_block(config, i, widths[i], in_decoder=True) for _ in range(depth)]
-            self.stages.append(nn.Sequential(*stage))
+            self.stages.append(Stage(*stage))
         act = nn.ReLU() if config.version == "1.0" else nn.SiLU()
-        up = Up(widths[1], 3, shortcut=False)
+        up = Up(widths[1], config.in_channels, shortcut=False)
         self.project_out = nn.Sequential(OrderedDict(norm=RMSNorm(widths[1]), act=act, up=up))
 
     def forward(self, z):                               # (B, c, H/f, W/f) -> (B, 3, H, W)
@@ -374,10 +388,11 @@ class DCAE(nn.Module):
 
     def encode(self, img):
         """(B, 3, H, W) -> (B, c, H/f, W/f), unscaled. InputError unless f divides H and W."""
-        f = self.config.f
+        f, channels = self.config.f, self.config.in_channels
         shape = tuple(img.shape)
-        if len(shape) != 4 or shape[1] != 3 or 0 in shape or shape[2] % f or shape[3] % f:
-            raise InputError(f"images of shape {shape}: (B,3,H,W) is needed, H and W divisible by f={f}")
+        if len(shape) != 4 or shape[1] != channels or 0 in shape or shape[2] % f or shape[3] % f:
+            raise InputError(f"images of shape {shape}: (B,{channels},H,W) is needed, H and W divisible by "
+                             f"f={f}")
         # [ours] channels last: faster norms on CPU, faster convolutions on CUDA
         return self.encoder(img.contiguous(memory_format=torch.channels_last))
 
@@ -400,6 +415,11 @@ class DCAE(nn.Module):
     def stages(self):
         """The modules that FSDP shards: every stage that is not empty."""
         return [stage for stage in (*self.encoder.stages, *self.decoder.stages) if len(stage)]
+
+    def set_checkpointing(self, on):
+        """For all stages but those with BatchNorm, which would count each batch twice."""
+        for stage in self.stages():
+            stage.checkpointing = on and not any(isinstance(m, nn.BatchNorm2d) for m in stage.modules())
 
     @classmethod
     def from_pretrained(cls, x, download=True):
@@ -694,7 +714,8 @@ def to_uint8(img):
 
 
 def save_grid(pixels, path, ncol, titles=None, rows=None):
-    """(B, H, W, 3), or a list of (H, W, 3) -> PNG, ncol in a row. titles, rows: captions of columns, rows."""
+    """(B, H, W, 3), or a list of (H, W, 3) -> PNG, ncol in a row. titles, rows: captions of columns, rows.
+    Of other numbers of channels the first three are shown, or the first."""
     H = max(tile.shape[0] for tile in pixels)
     W = max(tile.shape[1] for tile in pixels)
     zoom = max(1, 64 // max(H, W))                                      # tiny pictures are enlarged
@@ -708,7 +729,7 @@ def save_grid(pixels, path, ncol, titles=None, rows=None):
     for i, tile in enumerate(pixels):
         x = left + i % ncol * step_x
         y = top + i // ncol * step_y
-        image = Image.fromarray(np.asarray(tile))
+        image = Image.fromarray(np.asarray(tile[..., :3] if tile.shape[-1] >= 3 else tile[..., 0]))
         sheet.paste(image.resize((zoom * image.width, zoom * image.height), Image.NEAREST), (x, y))
         if rows and i % ncol == 0:
             pen.text((2, y + zoom * H // 2 - 6), rows[i // ncol], "black", font)
@@ -1048,13 +1069,14 @@ SCALES = {
 
 
 def read_ours(content):
-    """One of our checkpoints -> config, tensors, scale, info."""
+    """One of our checkpoints -> config, tensors (the average where there is one), scale, info."""
     if content["kind"] != "ae":
         raise InputError(f"a {content['kind']} checkpoint, an autoencoder is needed here")
     info = {key: content[key] for key in ("image_size", "step", "channels") if key in content}
     if not whole(info.get("image_size", 1), *info.get("channels", ())):
         raise ValueError("its image_size or channels")
-    return AEConfig(**content["config"]), plain_names(content["model"]), content["scale"], info
+    tensors = plain_names(content.get("ema") or content["model"])
+    return AEConfig(**content["config"]), tensors, content["scale"], info
 
 
 def read_published(content, file):
@@ -1146,7 +1168,8 @@ def read_config(tensors):
         sizes[side + "_depths"] = (0, *(len(stages[i]) for i in range(1, n + 1)))
     c = len(tensors["encoder.project_out.bias"])
     version = "1.0" if any(name.endswith("running_mean") for name in tensors) else "1.5"
-    return AEConfig(f=2**n, c=c, version=version, width=sizes["encoder_widths"][0], **sizes)
+    return AEConfig(f=2**n, c=c, version=version, width=sizes["encoder_widths"][0],
+                    in_channels=tensors["encoder.project_in.conv.weight"].shape[1], **sizes)
 
 
 def diffusers_settings(config):
@@ -1156,7 +1179,7 @@ def diffusers_settings(config):
     blocks = ["EfficientViTBlock" if old and i >= 3 else "ResBlock" for i in stages]
     return {
         "_class_name": "AutoencoderDC",
-        "in_channels": 3,
+        "in_channels": config.in_channels,
         "latent_channels": config.c,
         "attention_head_dim": 32,
         "encoder_block_types": blocks,
@@ -1196,7 +1219,7 @@ class DiffusersKL(nn.Module):
             reason = " ".join(str(e).split())[:80]
             raise InputError(f"{x}: no such folder, nor a diffusers AutoencoderKL ({reason})") from None
         f = 2 ** (len(config.block_out_channels) - 1)
-        self.config = SimpleNamespace(f=f, c=config.latent_channels, version="kl")
+        self.config = SimpleNamespace(f=f, c=config.latent_channels, version="kl", in_channels=3)
         self.info = {}
 
     def encode(self, img):

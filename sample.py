@@ -674,7 +674,7 @@ def main(argv=None):
     out = output_folder(args)
     h, w = net.grid
     f = ae.config.f
-    part = Unfinished(out, (args.n, h * f, w * f, 3), args.batch_size)
+    part = Unfinished(out, (args.n, h * f, w * f, ae.config.in_channels), args.batch_size)
     with writing("--out", out):
         if rank == 0:
             locked = lock(make_folder(out))                     # as long as this process lives

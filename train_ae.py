@@ -17,6 +17,7 @@ Letters: B images of a batch, b of a micro-batch on a rank, H W pixels, c latent
 
 import argparse
 import atexit
+import copy
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -100,8 +102,8 @@ class PatchGAN(nn.Sequential):
     """70 x 70 patch discriminator (Isola et al. 2017): (B,3,H,W) -> logits (B,1,h,w). GroupNorm in place of
     BatchNorm: real and fake then share no statistics, and ranks need no synchronisation [ours]."""
 
-    def __init__(self, width=64):
-        layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    def __init__(self, in_channels=3, width=64):
+        layers = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for k, stride in ((1, 2), (2, 2), (4, 1)):
             layers += [nn.Conv2d(k * width, 2 * k * width, 4, stride, padding=1, bias=False),
                        nn.GroupNorm(32, 2 * k * width), nn.LeakyReLU(0.2)]
@@ -112,9 +114,9 @@ class Adversary:
     """Phase 3's other player: a PatchGAN with its own AdamW [ours]. No gradient of one player reaches the
     other."""
 
-    def __init__(self, args, ranks):
+    def __init__(self, args, ranks, in_channels):
         self.args, self.ranks = args, ranks
-        self.disc = PatchGAN().to(ranks.device)
+        self.disc = PatchGAN(in_channels).to(ranks.device)
         self.params = list(self.disc.parameters())
         self.opt = adamw(self.params, args.lr, (0.5, 0.9), 0.0)
         self.guard = Guard(ranks.device)
@@ -197,22 +199,23 @@ def train(args, ranks, config, ae):
 
     # The network, and what trains it
     torch.manual_seed(args.seed)
-    ae = to_device(ae or DCAE(config), args, ranks)
+    ae = prepare(ae or DCAE(config), args, ranks)
     select_trainable(ae, args.phase, args.train)
+    ema = copy.deepcopy(ae).requires_grad_(False).eval() if args.ema else None      # its average
     forward = parallel(AutoencoderStep(ae), ae.stages(), ranks, args)       # compiled; DDP or FSDP2
+    if ema and args.fsdp:
+        shard(ema, ema.stages(), ranks, args)                   # like the weights; it is never compiled
     params = [p for p in ae.parameters() if p.requires_grad]
     opt = adamw(params, args.lr, args.betas, args.weight_decay)
-    adversary = Adversary(args, ranks) if args.gan else None
-    opts = [opt, adversary.opt] if adversary else [opt]
+    adversary = Adversary(args, ranks, config.in_channels) if args.gan else None
 
     # Where the run stands
-    start_step = 0
-    z_square = torch.tensor(1 / ae.scale**2, device=ranks.device)  # running mean of z^2; scale = 1 / its root
+    start_step, z_square = 0, torch.tensor(1 / ae.scale**2, device=ranks.device)    # mean z^2 = 1 / scale^2
     must_match = dict(config=asdict(config), phase=args.phase, train=args.train, image_size=args.size,
                       channels=args.channels)
     if ckpt := run.resume("ae", **must_match):
         start_step, z_square = ckpt["step"], ckpt["z_square"].to(ranks.device)
-        load_state(ae, opt, ckpt, args)
+        load_state(ae, opt, ckpt, args, ema)
         if adversary:
             adversary.load(ckpt)
     guard = Guard(ranks.device, ckpt, ae.buffers())             # skips non-finite steps; puts BatchNorm back
@@ -223,13 +226,13 @@ def train(args, ranks, config, ae):
     perceptual = open_perceptual(args, ranks) if args.lpips else None
     evaluation = Evaluation(args, ranks, config) if args.eval_every else None
     if owed:
-        evaluation.report(run, ae, start_step)
+        evaluation.report(run, ema or ae, start_step)
 
     # The loop
-    stream = random_batch(args, ranks) if args.bench else batches(data, args, ranks, start_step)
+    stream = random_batch(args, ranks, config) if args.bench else batches(data, args, ranks, start_step)
     encoder_trains = any(p.requires_grad for p in ae.encoder.parameters())
     for step in run.steps(start_step):
-        lr = set_lr(learning_rate(step, args), *opts)
+        lr = set_lr(learning_rate(step, args), opt, adversary and adversary.opt)
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
         mask = channel_mask(config.c, c_prime, ranks.device)    # (1,c,1,1): c' ones, then zeros
         names = loss_names(config.c, args.channels, c_prime)     # loss, loss_c<bin>
@@ -260,8 +263,9 @@ def train(args, ranks, config, ae):
         if adversary:
             adversary.step()
             run.facts["gan_weight"] = adversary.weight(step)
-        if encoder_trains:
-            z_square = running_mean(z_square, step_z_square, step, taken)
+        if ema:
+            ema_update(ema, ae, args.ema, args.ema_warmup, step + 1, taken)
+        z_square = running_mean(z_square, step_z_square, step, taken * encoder_trains)
         run.log(step, guard, lr=lr, c_prime=c_prime)
 
         done, stop = step + 1, run.stop                         # read once: a signal may come at any line
@@ -270,22 +274,21 @@ def train(args, ranks, config, ae):
                 rec, _ = forward(img, mask)                     # of the weights that would be saved
             if run.sound(done, forward, rec, guard):
                 z_square = ranks.mean(z_square)                 # ranks saw different images
-                save(run, done, ae, opt, adversary, guard, z_square, must_match)
+                save(run, done, ae, ema, opt, adversary, guard, z_square, must_match)
         if stop:
             break
         if run.due(done, args.eval_every):
             with run.waiting():
-                evaluation.report(run, ae, done)
+                evaluation.report(run, ema or ae, done)
     run.close()
     if args.bench:
         return run.bench_line(model_name(config), meta_cost(config, args)[0])
-    if evaluation and args.phase == 3:
-        show_gain(run)
 
 
-def save(run, done, ae, opt, adversary, guard, z_square, must_match):
+def save(run, done, ae, ema, opt, adversary, guard, z_square, must_match):
     model, optimizer = whole_state(ae, opt)
     run.save({"kind": "ae", **must_match, "step": done, "model": model, "optimizer": optimizer,
+              "ema": whole_weights(ema, cpu=True) if ema else None,
               "scale": float(z_square.rsqrt()), "z_square": z_square.cpu(),
               "disc": adversary.disc.state_dict() if adversary else None,
               "disc_optimizer": adversary.opt.state_dict() if adversary else None,
@@ -298,17 +301,19 @@ def running_mean(z_square, step_z_square, step, taken):
     return torch.where(taken > 0, moved, z_square)
 
 
-def to_device(ae, args, ranks):
+def prepare(ae, args, ranks):
+    """To the device; with --checkpointing."""
     ae = ae.to(ranks.device)
+    ae.set_checkpointing(args.checkpointing)
     if ranks.device.type == "cuda" and not args.fsdp:
         ae = ae.to(memory_format=torch.channels_last)
     return ae
 
 
-def random_batch(args, ranks):
+def random_batch(args, ranks, config):
     """One batch of noise, for ever: --bench."""
     b = args.batch_size // (ranks.size * args.accumulate)
-    img = torch.randn(b, 3, args.size, args.size, device=ranks.device).clamp(-1, 1)
+    img = torch.randn(b, config.in_channels, args.size, args.size, device=ranks.device).clamp(-1, 1)
     return itertools.repeat((img, None))
 
 
@@ -372,7 +377,7 @@ class Evaluation:
                        "ssim": lambda img, rec: fid.ssim(to_uint8(img), to_uint8(rec))}
         self.extractor = None
         self.open(args.size)
-        if args.eval_only or args.data != "toy":
+        if config.in_channels == 3 and (args.eval_only or args.data != "toy"):
             self.add_networks()
 
     def open(self, size):
@@ -492,6 +497,8 @@ class Evaluation:
             self.picture(eval_ae, f"{self.args.out}/recon_{step:07d}.png")
         run.append("eval.jsonl", {"step": step, "table": table})
         self.ranks.print0(f"step {step}: {self.show(table)}")
+        if self.args.phase == 3 and step == self.args.steps:
+            show_gain(run)
 
 
 def knn_accuracy(features, labels, k=10, temperature=0.07):
@@ -520,7 +527,7 @@ def show_gain(run):
 
 def evaluate_only(args, ranks, ae):
     """--eval_only: a table and a picture for each --image_size; all of it in eval.json."""
-    ae, results = to_device(ae, args, ranks).eval(), {}
+    ae, results = prepare(ae, args, ranks).eval(), {}
     if ranks.is_main:
         make_folder(args.out)
     evaluation = Evaluation(args, ranks, ae.config)
@@ -553,6 +560,7 @@ def parse(argv=None):
     add("--f", type=int, help="spatial compression, 2^k >= 4; without --init 32")
     add("--c", type=int, help="latent channels; without --init 128")
     add("--version", choices=["1.5", "1.0"], help="network of DC-AE 1.5 or 1.0; without --init 1.5")
+    add("--in_channels", type=int, help="of the images; without --init 3; others need a data set of yours")
     add("--width", type=int, help="base width of every stage; without --init 128, the published size")
     add("--widths", type=whole_numbers, help="width of each stage, e.g. 16,32,64,64, in place of --width")
     add("--depths", type=whole_numbers, help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
@@ -581,7 +589,8 @@ def parse(argv=None):
                 **({"image_size": None} if own_size else {})}
     args = parse_flags(p, recipe, TOY, argv)
     size = (1, 2**16)                                           # of pictures and widths
-    check_numbers(args, image_size=size, f=size, c=size, width=size, widths=size, depths=(0, 1000),
+    check_numbers(args, image_size=size, f=size, c=size, width=size, widths=size, in_channels=size,
+                  depths=(0, 1000),
                   disc_warmup=(0, COUNT), eval_num=(1, COUNT), lpips=(0, LARGE), gan=(0, LARGE))
     return args
 
@@ -597,6 +606,8 @@ def configure(args, ranks):
     for size in args.image_size:
         if size < 1 or size % config.f:
             raise InputError(f"--image_size {size}: not a multiple of f = {config.f}")
+    if args.lpips and config.in_channels != 3 and not args.eval_only:
+        raise InputError(f"--in_channels {config.in_channels}: LPIPS sees RGB alone; --lpips 0")
     if len(args.image_size) > 1 and not args.eval_only:
         raise InputError(f"--image_size {args.image_size}: several sizes only with --eval_only")
     for flag, smallest in (("gan", 24), ("lpips", 16)):         # their strides
@@ -632,7 +643,7 @@ def open_init(args):
                 raise InputError(f"{flag} needs --init CKPT (the run before it)")
         return None
     ae = DCAE.from_pretrained(source)
-    for flag in ("f", "c", "version"):
+    for flag in ("f", "c", "version", "in_channels"):
         given, have = getattr(args, flag), getattr(ae.config, flag)
         if given not in (None, have):
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
@@ -645,7 +656,7 @@ def open_init(args):
 
 
 def config_of_flags(args):
-    given = {flag: getattr(args, flag) for flag in ("f", "c", "version", "width")}
+    given = {flag: getattr(args, flag) for flag in ("f", "c", "version", "width", "in_channels")}
     given = {flag: value for flag, value in given.items() if value is not None}
     return AEConfig(**given, shortcuts=args.shortcuts,
                     encoder_widths=args.widths, decoder_widths=args.widths,
@@ -685,10 +696,12 @@ def meta_cost(config, args):
     for it."""
     with torch.device("meta"):
         ae = DCAE(config)
-        img, mask = torch.empty(1, 3, args.size, args.size), torch.empty(1, config.c, 1, 1)
+        img = torch.empty(1, config.in_channels, args.size, args.size)
+        mask = torch.empty(1, config.c, 1, 1)
     trainable = select_trainable(ae, args.phase, args.train)
     step = AutoencoderStep(ae)
-    return *cost(lambda: step(img, mask)[0].abs().mean(), ae), ae, trainable
+    units = ae.stages() if args.checkpointing else ()
+    return *cost(lambda: step(img, mask)[0].abs().mean(), ae, units), ae, trainable
 
 
 def dry_run(args, ranks, config):
@@ -696,7 +709,8 @@ def dry_run(args, ranks, config):
     tensors = dict(ae.named_parameters())
     for name in trainable:
         ranks.print0(f"  trains {name} {tuple(tensors[name].shape)}")
-    return print_estimate(args, ranks, model_name(config), ae, macs, activations, copies=1)
+    copies = 2 if args.ema else 1
+    return print_estimate(args, ranks, model_name(config), ae, macs, activations, copies)
 
 
 # ==========================================================================================================
@@ -779,6 +793,11 @@ def training_flags(description):
     add("--warmup", type=int, help="steps of linear warm-up; constant afterwards")
     add("--cooldown", type=int, default=0, help="the last steps, in which the rate falls linearly to 0")
     add("--clip", type=float, default=1.0, help="gradient norm clipping; 0: off")
+    add("--ema", type=float, default=0.0, help="decay of an average of the weights, which evaluations and "
+        "all that read the checkpoint use; 0: none")
+    add("--ema_warmup", type=float, default=2000.0, help="steps (time constant) over which that sets in")
+    add("--checkpointing", action="store_true", help="compute what is in a stage or block once more in the "
+        "backward pass: less memory, a third more work")
     add("--seed", type=int, default=0, help="of weights, data order, noise and c'")
     add("--dtype", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="autocast; weights are fp32")
@@ -824,7 +843,8 @@ def check_flags(args):
         **dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "log_every", "gpus"), (1, COUNT)),
         **dict.fromkeys(("warmup", "cooldown", "eval_every"), (0, COUNT)),
         **dict.fromkeys(("lr", "weight_decay", "clip"), (0, LARGE)),
-        betas=(0, MAX_SHARE), seed=(0, 2**63 - 1), workers=(0, 1024), tflops=(1e-9, LARGE))
+        betas=(0, MAX_SHARE), ema=(0, MAX_SHARE), ema_warmup=(1e-9, LARGE), seed=(0, 2**63 - 1),
+        workers=(0, 1024), tflops=(1e-9, LARGE))
     if args.data != "toy" and not args.dry_run and not os.path.exists(args.data):
         raise InputError(f"--data {args.data}: no such folder")
     if args.out and os.path.exists(args.out) and not os.path.isdir(args.out):
@@ -956,6 +976,19 @@ def autocast(args, ranks):
     return torch.autocast(ranks.device.type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
 
 
+@torch.no_grad()
+def ema_update(ema, net, decay, warmup, step, taken):
+    """ema <- ema + (1 - d) (net - ema), d = decay (1 - exp(-step / warmup)), step from 1 [DC-Gen: 0.9999,
+    2000]. `taken` is 0.0 on the device where the step was skipped."""
+    rate = (1 - decay * (1 - math.exp(-step / warmup))) * taken
+    for e, p in zip(ema.parameters(), net.parameters()):
+        if hasattr(p, "to_local"):                              # FSDP2: each rank its own shard
+            e, p = e.to_local(), p.to_local()
+        e.lerp_(p, rate.to(e.dtype))
+    for e, b in zip(ema.buffers(), net.buffers()):              # BatchNorm's, which are averages themselves
+        e.copy_(b)
+
+
 @contextmanager
 def trial(args, ranks):
     """Around a forward pass that nothing is learned from, on the way to a checkpoint: nothing is compiled for
@@ -1077,7 +1110,7 @@ def load_state(module, opt, ckpt, args, ema=None):
     for group, given in zip(opt.param_groups, flags):           # the moments are the run's, these are flags
         group.update(given)
     if ema is not None:
-        set_model_state_dict(ema, ckpt["ema"], options=whole)
+        set_model_state_dict(ema, ckpt["ema"] or ckpt["model"], options=whole)
 
 
 def is_sharded(module):
@@ -1345,19 +1378,37 @@ def commit():
 # --- Cost without running: --dry_run ----------------------------------------------------------------------
 
 
-def cost(loss, net):
+def cost(loss, net, checkpointed=()):
     """(forward MACs, bytes of activations kept for the backward pass, fp32) of loss(), with `net` on the meta
-    device. MACs are FLOPs / 2 of torch's counter: convolutions and matrix products, as the papers count."""
-    kept, weights = {}, {p.untyped_storage()._cdata for p in net.parameters()}
+    device. MACs are FLOPs / 2 of torch's counter: convolutions and matrix products, as the papers count.
+    checkpointed: modules of which all inputs are kept, and at a time one module's activations."""
+    kept, inputs, unit = {}, 0, None                            # kept: storage -> (its unit, bytes)
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
 
     def pack(x):
         storage = x.untyped_storage()
         if storage._cdata not in weights:                       # nor views of weights
-            kept[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = unit, storage.nbytes()
         return x
-    with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+
+    def enter(module, args):
+        nonlocal unit, inputs
+        unit = module
+        inputs += args[0].untyped_storage().nbytes()
+
+    def leave(*_):
+        nonlocal unit
+        unit = None
+    for module in checkpointed:
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with FlopCounterMode(display=False) as flops, saved:
         loss()
-    return flops.get_total_flops() // 2, sum(kept.values())
+    of = Counter()                                              # bytes of each unit, and of all outside
+    for owner, size in kept.values():
+        of[owner] += size
+    return flops.get_total_flops() // 2, of.pop(None, 0) + inputs + max(of.values(), default=0)
 
 
 def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):

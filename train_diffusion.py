@@ -38,9 +38,10 @@ from diffusion import (DROP, MIRROR, MODELS, NOISE, TIME, build, draw_t, forward
                        training_loss, uniform)
 from sample import generate, write
 from train_ae import (COUNT, LARGE, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
-                      draw_channels, end_ranks, learning_rate, load, load_state, loss_names, parallel,
-                      parse_flags, print_estimate, sample_numbers, set_lr, settle_batch, shard, start_ranks,
-                      sync_gradients, training_channels, training_flags, trial, whole_state, whole_weights)
+                      draw_channels, ema_update, end_ranks, learning_rate, load, load_state, loss_names,
+                      parallel, parse_flags, print_estimate, sample_numbers, set_lr, settle_batch, shard,
+                      start_ranks, sync_gradients, training_channels, training_flags, trial, whole_state,
+                      whole_weights)
 
 
 RECIPES = {  # defaults of the flags by family [DC-Gen projects/DC-AE.md @cae2205, batch 1024]
@@ -170,17 +171,6 @@ def save(run, done, net, ema, opt, guard, latents, must_match):
               "ae": ae,
               "classes": latents.manifest["classes"],
               "skipped": int(guard.skipped)})
-
-
-@torch.no_grad()
-def ema_update(ema, net, decay, warmup, step, taken):
-    """ema <- ema + (1 - d) (net - ema), d = decay (1 - exp(-step / warmup)), step from 1 [DC-Gen: 0.9999,
-    2000]. `taken` is 0.0 on the device where the step was skipped."""
-    rate = (1 - decay * (1 - math.exp(-step / warmup))) * taken
-    for e, p in zip(ema.parameters(), net.parameters()):
-        if hasattr(p, "to_local"):                              # FSDP2: each rank its own shard
-            e, p = e.to_local(), p.to_local()
-        e.lerp_(p, rate.to(e.dtype))
 
 
 def parameter_groups(net, weight_decay):
@@ -506,11 +496,7 @@ def parse(argv=None):
     add("--depth", type=int, help="in place of the model's depth")
     add("--hidden", type=int, help="in place of the model's width")
     add("--heads", type=int, help="in place of the model's heads")
-    add("--ema", type=float, default=0.9999, help="decay of the weight average that samples are drawn from")
-    add("--ema_warmup", type=float, default=2000.0, help="steps (time constant) over which that sets in")
     add("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null label")
-    add("--checkpointing", action="store_true",
-        help="recompute activations in the backward pass: less memory, a third more work")
     add("--cache", help="folder of cached latents; else in the autoencoder's run folder, or under out/")
     add("--max_images", type=int, help="use so many images, evenly spaced; built-in images: 50,000")
     add("--fid", metavar="REFERENCE", help="with every preview, score samples against this folder or .npz")
@@ -519,7 +505,7 @@ def parse(argv=None):
     add("--features", help="its network: an exported one, as in fid.py")
     add("--c", type=int, help="latent channels of --bench and --dry_run without --ae")
     add("--size", type=int, help="latent side of --bench and --dry_run without --ae")
-    p.set_defaults(steps=500_000, clip=0.0)                     # no clipping [DC-Gen]
+    p.set_defaults(steps=500_000, clip=0.0, ema=0.9999)         # no clipping [DC-Gen]
 
     def recipe(args):
         if args.model not in MODELS:
@@ -527,9 +513,8 @@ def parse(argv=None):
         return RECIPES[args.model.split("-")[0]]
     args = parse_flags(p, recipe, TOY, argv)
     side = (1, 2**16)
-    check_numbers(args, ema=(0, MAX_SHARE), ema_warmup=(1e-9, LARGE), label_dropout=(0, MAX_SHARE),
-                  patch=(1, 64), image_size=side, c=side, size=side, hidden=side, heads=side,
-                  depth=(1, 1000), max_images=(1, COUNT), fid_num=(2, COUNT))
+    check_numbers(args, label_dropout=(0, MAX_SHARE), patch=(1, 64), image_size=side, c=side, size=side,
+                  hidden=side, heads=side, depth=(1, 1000), max_images=(1, COUNT), fid_num=(2, COUNT))
     return args
 
 
@@ -607,8 +592,8 @@ def dry_run(args, ranks, c, size):
         t = torch.empty(1)
         y = torch.empty(1, dtype=torch.long)
     announce(args, ranks, net)
-    net.checkpointing = args.checkpointing
-    _, activations = cost(lambda: net(z, t, y).square().mean(), net)
+    units = net.layers() if args.checkpointing else ()
+    _, activations = cost(lambda: net(z, t, y).square().mean(), net, units)
     macs = forward_macs(net)
     return print_estimate(args, ranks, args.model, net, macs, activations, copies=2)    # 2: with the average
 

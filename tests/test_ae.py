@@ -472,6 +472,30 @@ def test_equals_diffusers(version, tmp_path):
     assert (rec - rec_peer).abs().max() < 1e-4 * rec.abs().max()
 
 
+@torch.no_grad()
+def test_any_number_of_channels_in_all_layouts(tmp_path):
+    dc = diffusers_dc()
+    for channels in (1, 2, 5):
+        ae, img = tiny(in_channels=channels), torch.randn(1, channels, 32, 16)
+        folder = tmp_path / str(channels)
+        ae.save_pretrained(folder)
+        save_ours(ae, folder / "ours.pt")
+        torch.save(official(ae.state_dict(), "1.5"), folder / "official.pt")
+        z = ae.encode(img)
+        assert z.shape == (1, 8, 2, 1) and ae.decode(z).shape == img.shape
+        assert (dc.from_pretrained(folder).encode(img).latent - z).abs().max() < 1e-4 * z.abs().max()
+        for file in (folder, folder / "ours.pt", folder / "official.pt"):
+            again = DCAE.from_pretrained(file)
+            assert again.config.in_channels == channels and torch.equal(again.encode(img), z)
+        one_line(lambda: ae.encode(torch.zeros(1, 3, 16, 16)), f"(B,{channels},H,W) is needed")
+        A.save_grid(to_uint8(img), folder / "grid.png", 1)
+        three = [0, 1, 2] if channels == 5 else [0, 0, 0]
+        sheet = np.asarray(Image.open(folder / "grid.png"))[:64:2, :32:2]       # twice as large, below no caption
+        assert np.array_equal(sheet, to_uint8(img)[0].numpy()[..., three])
+    for bad in (0, -1, 2.5, "3"):
+        one_line(lambda: AEConfig(in_channels=bad), "--in_channels")
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.5"])
 def test_published_to_ours_to_diffusers_to_ours(version, tmp_path):
     st = pytest.importorskip("safetensors.torch")

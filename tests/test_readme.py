@@ -109,18 +109,24 @@ def test_the_five_forks_apply_and_train(tmp_path):
     assert len(forks) == 5
     for block in forks:
         apply_fork(block, tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-    np.save(tmp_path / "pictures.npy", pixels)
-    small = "--batch_size 2 --steps 2 --eval_every 0"
-    for line in (f"train_ae.py --data pictures.npy --toy --lpips 0 {small} --out ae",
-                 f"train_diffusion.py --ae unshuffle --data pictures.npy --image_size 32 --model SiT-T {small} "
-                 "--out d",
-                 "sample.py --ckpt d --n 2 --solver euler --steps 2 --out s"):
+    fields = np.random.default_rng(0).uniform(-1, 1, (12, 5, 32, 32)).astype(np.float32)
+    np.save(tmp_path / "fields.npy", fields)
+    small = "--batch_size 2 --steps 2"
+    diffusion = f"--model SiT-T {small} --max_images 8"
+    for line in (f"train_ae.py --data fields.npy --in_channels 5 --lpips 0 --toy {small} --out ae",
+                 f"train_diffusion.py --ae ae --data fields.npy {diffusion} --out d5",
+                 f"train_diffusion.py --ae unshuffle --data toy --image_size 32 {diffusion} --out d",
+                 "sample.py --ckpt d5 --n 2 --solver euler --steps 2 --out s5"):
         script, *flags = line.split()
         result = subprocess.run([sys.executable, tmp_path / script, *flags], cwd=tmp_path,
                                 capture_output=True, text=True)
         assert result.returncode == 0, (line, result.stderr[-1500:])
-    assert np.load(tmp_path / "s" / "samples.npz")["arr_0"].shape == (2, 32, 32, 3)
+    assert np.load(tmp_path / "s5" / "samples.npz")["arr_0"].shape == (2, 32, 32, 5)
+    assert (tmp_path / "d" / "samples_0000002.png").exists()
+    with Image.open(tmp_path / "ae" / "recon_0000002.png") as shown:            # fields 0, 1, 2 as red, green, blue
+        left = shown.width - 8 * 66
+        first = np.asarray(shown)[:64, left:left + 64].reshape(32, 2, 32, 2, 3)[:, 0, :, 0]
+    assert np.abs(first - (fields[0, :3].transpose(1, 2, 0) + 1) * 127.5).max() <= 0.51
 
 
 def test_imports_only_point_upwards():

@@ -50,6 +50,7 @@ TINY = f"{NETWORK} {SIZE}"
 RUN = "--batch_size 4 --lr 1e-3 --warmup 2 --eval_every 0 --save_every 3"
 AE = f"{TINY} {RUN}"
 AE_1_0 = f"--version 1.0 --f 8 --c 8 --widths 16,16,32,32 --depths 0,1,1,1 {SIZE} {RUN}"
+AVERAGED = f"{AE_1_0} --ema 0.9 --ema_warmup 3 --checkpointing"
 GAN = f"{AE} --image_size 32 --gan 0.1 --disc_warmup 1"
 SMALL = "--depth 2 --hidden 16 --heads 2"
 DIT = f"--depth 2 --hidden 48 --heads 2 --max_images 64 --channels 2,4,8 {RUN} --batch_size 12"
@@ -408,6 +409,63 @@ def test_average_has_the_official_decay_and_no_say_in_a_skipped_step():
         assert ema.weight.item() == 1
         train_diffusion.ema_update(ema, net, 0.9999, 2000, step, torch.tensor(1.0, dtype=torch.float64))
         assert ema.weight.item() == pytest.approx(decay, rel=1e-9) and net.weight.item() == 0
+
+
+def test_the_autoencoders_average_is_what_is_evaluated_and_read(tmp_path):
+    """Three steps by hand; BatchNorm's statistics are the network's own."""
+    flags = f"{AVERAGED} --save_every 1 --eval_every 3 --eval_num 4"
+    weights = []
+    for steps in (1, 2, 3):
+        stage1(f"{flags} --steps {steps} --out {tmp_path}/a")
+        weights.append(ckpt(tmp_path / "a")["model"])
+    torch.manual_seed(0)
+    config = AEConfig(**ckpt(tmp_path / "a")["config"])
+    average = {name: p.detach().double() for name, p in DCAE(config).named_parameters()}
+    for step, w in enumerate(weights, start=1):
+        decay = 0.9 * (1 - math.exp(-step / 3))
+        average = {name: decay * p + (1 - decay) * w[name] for name, p in average.items()}
+    held = ckpt(tmp_path / "a")["ema"]
+    for name, x in held.items():
+        if name in average:
+            torch.testing.assert_close(x.double(), average[name], rtol=1e-5, atol=1e-7)
+        else:
+            assert torch.equal(x, weights[-1][name])
+    assert any("running_var" in name for name in held) and distance(ckpt(tmp_path / "a"), {"model": held}) > 1e-3
+    read = DCAE.from_pretrained(tmp_path / "a").state_dict()
+    assert all(torch.equal(read[name], x) for name, x in held.items())
+    by_hand = evaluate_by_hand(tmp_path / "a", to_pixels(toy_pictures(range(4), train=False)), (2, 4, 8))
+    assert psnr_of(log(tmp_path / "a", "eval")[-1]["table"]) == pytest.approx(by_hand, rel=1e-3)
+    # A run goes on without it, and begins one where there was none: from the weights that are there
+    stage1(f"{flags} --ema 0 --steps 4 --out {tmp_path}/a")
+    plain = ckpt(tmp_path / "a")
+    assert plain["ema"] is None
+    stage1(f"{flags} --ema 0.9 --ema_warmup 1e9 --steps 5 --out {tmp_path}/a")      # d = 0: the weights themselves
+    assert distance(ckpt(tmp_path / "a"), {"model": ckpt(tmp_path / "a")["ema"]}) < 1e-6
+
+
+@pytest.mark.parametrize("version", ["1.5", "1.0"])
+def test_checkpointing_of_stages_gives_equal_gradients_and_statistics(version):
+    torch.manual_seed(0)
+    ae, img, results, runs = DCAE(small_config(version)), torch.randn(2, 3, 16, 16), [], []
+    for p in ae.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    ae.train()
+    for stage in ae.stages():
+        stage[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    start = {name: b.clone() for name, b in ae.named_buffers()}
+    for on in (False, True):
+        ae.load_state_dict(start, strict=False)
+        ae.set_checkpointing(on)
+        runs.clear()
+        ae.zero_grad()
+        ae(img, 4).square().mean().backward()
+        results.append({name: p.grad.clone() for name, p in ae.named_parameters()} | dict(ae.named_buffers()))
+        results[-1] = {name: x.clone() for name, x in results[-1].items()}
+        once = 2 if version == "1.0" else 0                       # its decoder's stages with BatchNorm
+        assert len(runs) == (2 * len(ae.stages()) - once if on else len(ae.stages())) == (8 - once if on else 4)
+    assert results[0].keys() == results[1].keys()
+    for name, x in results[0].items():
+        torch.testing.assert_close(x, results[1][name], rtol=1e-6, atol=1e-8)
 
 
 def test_channel_draw_is_uniform_over_the_list():
@@ -931,7 +989,8 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_right_word(tmp_path, toy_
         stage1(f"{AE} --image_size 32 --steps 2 --gan 1 --out {tmp_path}/g")
 
 
-@pytest.mark.parametrize("flags", [AE, AE_1_0, f"{GAN} --disc_warmup 2 --accumulate 2"], ids=["1.5", "1.0", "gan"])
+@pytest.mark.parametrize("flags", [AE, AVERAGED, f"{GAN} --disc_warmup 2 --accumulate 2"],
+                         ids=["1.5", "1.0 averaged", "gan"])
 def test_autoencoder_resumes_bit_for_bit(tmp_path, small_discriminator, flags):
     stage1(f"{flags} --steps 6 --out {tmp_path}/a")
     stage1(f"{flags} --steps 3 --out {tmp_path}/b")
@@ -1274,7 +1333,7 @@ def evaluate_by_hand(folder, pixels, rows):
     return {k: psnr_by_hand(pixels, to_pixels(rebuild(folder, img, k))) for k in rows}
 
 
-@pytest.mark.parametrize("flags, accumulate", [(AE, 2), (AE_1_0, 1)], ids=["1.5 accumulated", "1.0"])
+@pytest.mark.parametrize("flags, accumulate", [(AE, 2), (AVERAGED, 1)], ids=["1.5 accumulated", "1.0 averaged"])
 def test_autoencoder_fsdp_equals_one_and_goes_on_without(tmp_path, one, flags, accumulate):
     two, evaluation = f"{flags} --out {tmp_path}/two", "--eval_every 2 --eval_num 5"
     run(tmp_path, "train_ae.py", f"{two} --fsdp --accumulate {accumulate} --steps 2 {evaluation}", ranks=2)
@@ -1285,6 +1344,8 @@ def test_autoencoder_fsdp_equals_one_and_goes_on_without(tmp_path, one, flags, a
     stage1(f"{two} --steps 4")
     assert_same_first_line(one(flags), tmp_path / "two")
     assert distance(ckpt(one(flags)), ckpt(tmp_path / "two")) < 1e-4
+    if "--ema" in flags:
+        assert distance(ckpt(one(flags)), ckpt(tmp_path / "two"), "ema") < 1e-4
 
 
 def test_the_batch_is_divided_among_ranks(tmp_path):
