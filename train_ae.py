@@ -493,10 +493,12 @@ class Evaluation:
         eval_ae = DCAE(self.config).to(self.ranks.device).eval()    # whole on every rank, also under --fsdp
         eval_ae.load_state_dict(whole_weights(ae))
         table = self.table(eval_ae)
+        path = f"{self.args.out}/recon_{step:07d}.png"
         if self.ranks.is_main:
-            self.picture(eval_ae, f"{self.args.out}/recon_{step:07d}.png")
+            self.picture(eval_ae, path)
         run.append("eval.jsonl", {"step": step, "table": table})
         self.ranks.print0(f"step {step}: {self.show(table)}")
+        run.show(step, path)
         if self.args.phase == 3 and step == self.args.steps:
             show_gain(run)
 
@@ -518,8 +520,7 @@ def knn_accuracy(features, labels, k=10, temperature=0.07):
 
 def show_gain(run):
     """What phase 3 did to the PSNR of each c': the first table of the run and the last one."""
-    with open(f"{run.args.out}/eval.jsonl") as f:
-        tables = [json.loads(line)["table"] for line in f]
+    tables = [line["table"] for line in read_log(run.args.out, "eval.jsonl")]
     pairs = [f"{b['c_prime']}: {b['psnr'] or math.nan:.2f} -> {a['psnr'] or math.nan:.2f}"
              for b, a in zip(tables[0], tables[-1])]
     run.ranks.print0("phase 3, before -> after, PSNR per c': " + ", ".join(pairs))
@@ -810,6 +811,7 @@ def training_flags(description):
     add("--bench", action="store_true", help="time the loop on a random batch; one JSON line, no files")
     add("--dry_run", action="store_true", help="model, cost, memory; no data, no GPU; one JSON line last")
     add("--fsdp", action="store_true", help="FSDP2: weights, moments, average sharded over ranks; else DDP")
+    add("--wandb", metavar="PROJECT", help="log lines and pictures go to Weights & Biases too")
     add("--gpus", type=int, default=8, help="of --dry_run: GPUs, for memory per rank and days")
     add("--tflops", type=float, default=300.0, help="of --dry_run: sustained TFLOP/s per GPU for the days")
     return p
@@ -845,6 +847,8 @@ def check_flags(args):
         **dict.fromkeys(("lr", "weight_decay", "clip"), (0, LARGE)),
         betas=(0, MAX_SHARE), ema=(0, MAX_SHARE), ema_warmup=(1e-9, LARGE), seed=(0, 2**63 - 1),
         workers=(0, 1024), tflops=(1e-9, LARGE))
+    if args.wandb:
+        import_wandb()
     if args.data != "toy" and not args.dry_run and not os.path.exists(args.data):
         raise InputError(f"--data {args.data}: no such folder")
     if args.out and os.path.exists(args.out) and not os.path.isdir(args.out):
@@ -1133,6 +1137,10 @@ class Run:
         self.sums, self.facts, self.wait = {}, {}, 0.0          # since the last log line
         if ranks.is_main and not args.bench:
             self.lock = lock(make_folder(args.out))
+        self.wandb = None
+        if args.wandb and self.lock:
+            name = os.path.basename(os.path.abspath(args.out))
+            self.wandb = import_wandb().init(project=args.wandb, name=name, dir=args.out, config=vars(args))
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, self.on_signal)
 
@@ -1217,14 +1225,19 @@ class Run:
         if self.ranks.is_main:
             with open(f"{self.args.out}/{name}", "a") as f:
                 f.write(json.dumps(line, allow_nan=False) + "\n")
+            if self.wandb and name == "log.jsonl":
+                self.wandb.log(line, step=line["step"])
 
     def has(self, name, step):
         """Whether a log has a line of this step."""
-        path = f"{self.args.out}/{name}"
-        if not os.path.exists(path):
-            return False
-        with open(path) as f:
-            return any(step_of(line) == step for line in f)
+        return any(line["step"] == step for line in read_log(self.args.out, name))
+
+    def show(self, step, path):
+        """After an evaluation: its picture to --wandb; curves.png."""
+        if self.wandb:
+            self.wandb.log({"pictures": import_wandb().Image(path)}, step=step)
+        if self.ranks.is_main:
+            draw_curves(self.args.out)
 
     def owes(self, step, has_it, at_start=False):
         """Whether an evaluation is due before this step, at the start or because a signal or a kill cut it
@@ -1350,6 +1363,55 @@ class Run:
         if self.ranks.is_main:
             print(json.dumps(line))
         return line
+
+
+def read_log(folder, name):
+    """The lines of log.jsonl and the like, as dicts; none where there is no such file."""
+    path = f"{folder}/{name}"
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+PANELS = {"loss and its parts": "loss|l1|lpips|g|d",            # of curves.png: names in the logs
+          "loss by c'": r"loss_c\d+",
+          "loss by quarter of the time axis": r"loss_t\d",
+          "PSNR by c', or distance of samples": r"psnr_c\d+|fid"}
+
+
+def draw_curves(folder):
+    """All logs of a run -> curves.png, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    lines = read_log(folder, "log.jsonl") + read_log(folder, "fid.jsonl")
+    for line in read_log(folder, "eval.jsonl"):
+        psnr = {f"psnr_c{row['c_prime']}": row["psnr"] for row in line["table"]}
+        lines.append(psnr | {"step": line["step"]})
+    curves = {}                                                 # name -> [(step, value), ...]
+    for line in lines:
+        for name, value in line.items():
+            curves.setdefault(name, []).append((line["step"], value))
+    panels = {title: [name for name in curves if re.fullmatch(pattern, name)]
+              for title, pattern in PANELS.items()}
+    panels = {title: names for title, names in panels.items() if names}
+    figure = Figure((6 * len(panels), 4), layout="constrained")
+    for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for name in panels[title]:
+            axes.plot(*zip(*curves[name]), label=name)
+        axes.set(title=title, xlabel="step")
+        axes.legend()
+    figure.savefig(f"{folder}/curves.png")
+
+
+def import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--wandb: needs one more package: pip install wandb") from None
+    return wandb
 
 
 def step_of(line):

@@ -450,7 +450,9 @@ def evaluate(run, done, ema, ae, latents, reference):
     if run.ranks.is_main:
         pixels = torch.cat([to_uint8(ae.decode(part / latents.scale)) for part in z.split(8)])
         columns = min(10, latents.num_classes or 10)
-        save_grid(pixels, preview_file(run.args, done), columns)
+        path = preview_file(run.args, done)
+        save_grid(pixels, path, columns)
+        run.show(done, path)
 
 
 def score(run, done, ema, ae, latents, reference):

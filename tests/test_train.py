@@ -1911,12 +1911,61 @@ def test_evaluation_while_training(tmp_path, pictures, features, monkeypatch):
     shown = [pixels, *(to_pixels(rebuild(tmp_path / "a", to_float(pixels), k)) for k in (3, 6, 8))]
     shown = np.concatenate([x[[0, 1, 3, 4, 6, 7, 9, 10]] for x in shown])
     assert_close_pixels(tiles(tmp_path / "a" / "recon_0000005.png", 8, 32), shown)
-    assert sorted(p.name for p in (tmp_path / "a").glob("*.png")) == [f"recon_{step:07}.png" for step in (2, 4, 5)]
+    assert sorted(p.name for p in (tmp_path / "a").glob("recon*")) == [f"recon_{step:07}.png" for step in (2, 4, 5)]
     stage1(f"{flags} --eval_every 5 --features {features} --out {tmp_path}/b")      # without --val: pictures of --data
     assert_same_bits(ckpt(tmp_path / "a"), ckpt(tmp_path / "b"))
     line, = log(tmp_path / "b", "eval")
     by_hand = evaluate_by_hand(tmp_path / "b", read_pictures(train), (3, 6, 8))
     assert line["step"] == 5 and psnr_of(line["table"]) == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_curves_show_what_the_logs_hold(tmp_path, toy_cache, monkeypatch):
+    figures = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    savefig = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, path: figures.append(self) or savefig(self, path))
+    stage1(f"{AE} --log_every 1 --eval_every 2 --eval_num 2 --steps 4 --out {tmp_path}/a")
+    stage2(f"{DIT} {toy_cache} --model SiT-T --log_every 1 --eval_every 3 --steps 3 --out {tmp_path}/d")
+    assert len(figures) == 3 and all(Image.open(tmp_path / out / "curves.png").width > 500 for out in "ad")
+    third = {"a": "PSNR by c', or distance of samples", "d": "loss by quarter of the time axis"}
+    for shown, out in zip(figures[1:], "ad"):
+        assert [axes.get_title() for axes in shown.axes] == ["loss and its parts", "loss by c'", third[out]]
+        lines = {line.get_label(): line for axes in shown.axes for line in axes.lines}
+        assert sum(name.startswith("loss_c") for name in lines) > 0
+        for name in (name for name in lines if name.startswith("loss")):
+            points = [(row["step"], row[name]) for row in log(tmp_path / out) if name in row]
+            assert [tuple(xy) for xy in lines[name].get_xydata()] == points and len(points) > 0
+    scores = [[row["psnr"] for row in line["table"]] for line in log(tmp_path / "a", "eval")]
+    lines = {line.get_label(): line.get_ydata() for line in figures[1].axes[2].lines}
+    assert [list(lines[f"psnr_c{k}"]) for k in (2, 4, 8)] == [list(column) for column in zip(*scores)]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)         # not installed: no picture
+    stage1(f"{AE} --eval_every 2 --eval_num 2 --steps 2 --out {tmp_path}/b")
+    assert not (tmp_path / "b" / "curves.png").exists() and (tmp_path / "b" / "recon_0000002.png").exists()
+
+
+def test_wandb_gets_the_lines_of_the_log_and_the_pictures(tmp_path, toy_cache, monkeypatch):
+    sent, begun = [], []
+
+    class Wandb:
+        Image = staticmethod(lambda path: ("image", Path(path).name, os.path.exists(path)))
+
+        def init(**about):
+            begun.append(about)
+            return Wandb
+
+        def log(line, step):
+            sent.append((step, line))
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    stage1(f"{AE} --log_every 2 --eval_every 4 --eval_num 2 --steps 4 --wandb mine --out {tmp_path}/a")
+    assert begun[0]["project"] == "mine" and begun[0]["config"]["steps"] == 4 and begun[0]["name"] == "a"
+    assert [(line["step"], line) for line in log(tmp_path / "a")] == sent[:3]
+    assert sent[3:] == [(4, {"pictures": ("image", "recon_0000004.png", True)})]
+    stage2(f"{DIT} {toy_cache} --model SiT-T --eval_every 1 --steps 1 --wandb mine --out {tmp_path}/d")
+    assert sent[-1] == (1, {"pictures": ("image", "samples_0000001.png", True)})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="--wandb: .*pip install wandb"):
+        stage1(f"{AE} --steps 4 --wandb mine --out {tmp_path}/new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_training_and_evaluation_never_show_the_same_toy_picture(tmp_path, wild_ae):
