@@ -34,6 +34,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -484,14 +485,14 @@ def patiently(call, path):
 
 
 def open_images(path, size, train=False, seed=0):
-    """A folder, or "toy" -> Dataset of (img (3, size, size), int label), with .num_classes, .classes.
+    """A folder, a .zip of it, or "toy" -> Dataset of (img (3, size, size), label); .num_classes, .classes.
     train: random crops and mirrors, drawn from `seed`. InputError: no folder, or no readable image in it."""
     if not 1 <= size <= 2**13:
         raise InputError(f"--image_size {size}: must lie in 1 .. {2**13}")
     if str(path) == "toy":
         return ToyImages(size, train)
-    if not os.path.isdir(path):
-        raise InputError(f"--data {path}: no such folder (images, or one folder per class; or toy)")
+    if not os.path.isdir(path) and not (str(path).endswith(".zip") and os.path.isfile(path)):
+        raise InputError(f"--data {path}: no such folder or .zip (images, or one folder per class; or toy)")
     return ImageFolder(path, size, train, seed)
 
 
@@ -519,7 +520,7 @@ class ImageFolder(Images):
         self.size = size
         self.train = train
         self.seed = seed
-        found, others = list_images(path)
+        found, others = list_images(str(path))
         self.classes = sorted({folder for _, folder in found} - {"."})
         self.num_classes = len(self.classes)
         number = {name: i for i, name in enumerate(self.classes or ["."])}
@@ -570,29 +571,64 @@ class ImageFolder(Images):
 
 def list_images(path):
     """-> [(file, class folder or "." at the top)] in sorted order, of all that pillow reads, and a Counter of
-    other files by suffix. Hidden names are skipped. Links are followed, but within a class no folder is
-    entered twice, so that loops end."""
-    return patiently(walk, path)
+    other files by suffix. Hidden names are skipped. path: a folder, or a .zip that holds the same."""
+    found, others = [], Counter()
+    for file, label in patiently(walk_zip if os.path.isfile(path) else walk, path):
+        suffix = os.path.splitext(file)[1].lower()
+        if suffix in SUFFIXES:
+            found.append((file, label))
+        else:
+            others[suffix or "without suffix"] += 1
+    return found, others
 
 
 def walk(path):
+    """All files, (file, label). Links are followed, but within a class no folder is entered twice, so that
+    loops end. OSError: a folder does not open."""
     def stop(error):
         raise error
 
-    found, others, entered = [], Counter(), set()
+    files, entered = [], set()
     for root, folders, names in os.walk(path, onerror=stop, followlinks=True):
         label = os.path.relpath(root, path).split(os.sep)[0]
         place = os.path.realpath(root)
         again = {(label, place), (".", place)} & entered
         entered.add((label, place))
         folders[:] = sorted(name for name in folders if name[0] != "." and not again)
-        for name in sorted(name for name in names if name[0] != "." and not again):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES:
-                found.append((os.path.join(root, name), label))
-            else:
-                others[suffix or "without suffix"] += 1
-    return found, others
+        files += [(os.path.join(root, name), label) for name in sorted(names) if name[0] != "." and not again]
+    return files
+
+
+def walk_zip(path):
+    """All files as f"{path}/{member}", in walk's order; where all lie in folders of one single folder, that
+    one does not count."""
+    names = [info.filename.split("/") for info in open_zip(path, os.getpid()).infolist() if not info.is_dir()]
+    names = [name for name in names if not any(part[:1] == "." or part == "__MACOSX" for part in name)]
+    names.sort(key=lambda name: [(True, part) for part in name[:-1]] + [(False, name[-1])])     # files first
+    top = int(len({name[0] for name in names}) == 1 and min(map(len, names)) > 2)
+    return [("/".join([path, *name]), name[top] if len(name) > top + 1 else ".") for name in names]
+
+
+@lru_cache(16)
+def open_zip(path, pid):                                                # processes share no open file
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise InputError(f"{path}: no folder, and not a whole .zip") from None
+
+
+def in_zip(file):
+    """Of "train.zip/cat/1.png": the archive, and the name in it. Of other files None."""
+    archive, slash, name = file.partition(".zip/")
+    if slash and os.path.isfile(archive + ".zip"):
+        return open_zip(archive + ".zip", os.getpid()), name
+    return None
+
+
+def file_size(file):
+    if member := in_zip(file):
+        return member[0].getinfo(member[1]).file_size
+    return os.stat(file).st_size
 
 
 def left_out(others):
@@ -600,10 +636,12 @@ def left_out(others):
     return "left out: " + (", ".join(f"{n} {what}" for what, n in others.most_common(6) if n) or "nothing")
 
 
-def read_bytes(path):
-    """What a file holds; of a named pipe nothing, where an ordinary read would wait for ever."""
+def read_bytes(file):
+    """What a file, also one in a .zip, holds; a named pipe nothing, where a read would wait for ever."""
+    if member := in_zip(file):
+        return member[0].read(member[1])
     nonblock = getattr(os, "O_NONBLOCK", 0)                             # Windows has none
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblock)) as f:
+    with open(file, "rb", opener=lambda name, flags: os.open(name, flags | nonblock)) as f:
         return f.read()
 
 
@@ -611,9 +649,10 @@ def read_image(path, at_least=None, only_large=False):
     """Any file -> PIL RGB in sRGB, turned by its EXIF, transparency over white. Unreadable: what does not
     decode. InputError: what the system cannot read. at_least: a JPEG may be decoded smaller, which is faster;
     both sides stay >= that. only_large: only where it has more pixels than pillow allows (178,956,970)."""
-    data = patiently(read_bytes, path)
     try:
-        return decode(data, at_least, only_large)
+        return decode(patiently(read_bytes, str(path)), at_least, only_large)
+    except InputError:
+        raise
     except Exception as e:                                              # pillow raises nearly all there are
         raise Unreadable(f"{type(e).__name__}: {e}".split(" <")[0]) from None
 

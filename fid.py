@@ -618,9 +618,9 @@ class ImageSet(torch.utils.data.Dataset):
         if self.path == "toy":
             self.kind = "toy"
             self.data = open_images("toy", image_size or 32)
-        elif os.path.isdir(path):
+        elif os.path.isdir(path) or self.path.endswith(".zip"):
             self.kind = "folder"
-            found, others = list_images(path)
+            found, others = list_images(self.path)
             self.data = sorted(file for file, _ in found)
             self.left_out = "; " + left_out(others)
         else:

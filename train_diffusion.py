@@ -32,7 +32,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fid
-from ae import (InputError, check_numbers, evenly_spaced, fingerprint, lock, open_autoencoder,
+from ae import (InputError, check_numbers, evenly_spaced, file_size, fingerprint, lock, open_autoencoder,
                 open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8, writing)
 from diffusion import (DROP, MIRROR, MODELS, NOISE, TIME, build, draw_t, forward_macs, gaussian,
                        training_loss, uniform)
@@ -319,10 +319,10 @@ def digest_files(root, files):
     """Of pictures below the folder `root`: their names and sizes, and the bytes of some."""
     h = hashlib.sha256()
     with ThreadPool(16) as pool:                                # a network folder answers slowly
-        stats = pool.imap(functools.partial(patiently, os.stat), files, chunksize=1000)
-        for file, stat in zip(files, stats):
+        sizes = pool.imap(functools.partial(patiently, file_size), files, chunksize=1000)
+        for file, size in zip(files, sizes):
             name = file.removeprefix(root).lstrip("/")
-            h.update(os.fsencode(f"{name}\0{stat.st_size}\0"))
+            h.update(os.fsencode(f"{name}\0{size}\0"))
     for file in files[::max(1, len(files) // SAMPLE)]:
         h.update(patiently(read_bytes, file))
     return h.hexdigest()

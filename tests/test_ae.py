@@ -1622,6 +1622,55 @@ def test_links_are_followed_and_loops_of_links_end(tmp_path, capsys):
     assert A.list_images(str(data) + "/")[0] == [(f"{data}/{file}", label) for file, label in found]
 
 
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_a_zip_of_a_folder_is_that_folder(tmp_path, capfd, top):
+    data = tmp_path / "train"
+    names = "b/2.png", "b/a/9.png", "a/1.PNG", "b/10.png", "a b/é.png", ".hidden/4.png", "b/.5.png"
+    for i, name in enumerate(names):
+        colour(data / name, (40 * i, 0, 0), (20, 10 + i))
+    (data / "b" / "notes.txt").write_text("x")
+    with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for file in sorted(data.rglob("*"), reverse=True):              # in another order, folders too
+            z.write(file, top + str(file.relative_to(data)))
+        z.writestr("__MACOSX/b/._2.png", b"x")
+    folder, zipped = (open_images(path, 8, train=True, seed=3) for path in (data, tmp_path / "train.zip"))
+    said = capfd.readouterr().out.splitlines()
+    assert said[0].replace(str(data), "") == said[1].replace(f"{data}.zip", "") == (
+        ": 5 images, 3 classes; left out: 1 .txt")
+    assert folder.classes == zipped.classes == ["a", "a b", "b"] and folder.labels == zipped.labels
+    assert [file.replace(".zip/" + top, "/") for file in zipped.files] == list(folder.files)
+    assert [A.file_size(file) for file in zipped.files] == [os.stat(file).st_size for file in folder.files]
+    for i in range(5):
+        assert torch.equal(folder[i][0], zipped[i][0])
+    loader = torch.utils.data.DataLoader(zipped, batch_size=None, sampler=[0, 1, 2, 3, 4] * 20, num_workers=2)
+    for k, (img, label) in enumerate(loader):                           # each process opens it for itself
+        assert torch.equal(img, folder[k % 5][0]) and label == folder.labels[k % 5]
+
+
+def test_a_flat_zip_and_a_damaged_one(tmp_path, capfd):
+    for i in range(3):
+        colour(tmp_path / f"{i}.png", (40 * i, 0, 0))
+    file = tmp_path / "flat.zip"
+    with zipfile.ZipFile(file, "w") as z:
+        for i in range(3):
+            z.write(tmp_path / f"{i}.png", f"{i}.png")
+    flat = open_images(file, 8)
+    assert flat.num_classes == 0
+    assert [c for c, _ in colours([flat[i] for i in range(3)])] == [(0, 0, 0), (40, 0, 0), (80, 0, 0)]
+    whole = file.read_bytes()
+    at = whole.index((tmp_path / "1.png").read_bytes())
+    file.write_bytes(whole[:at + 50] + b"\xff" + whole[at + 51:])      # its checksum shows it
+    os.utime(file, ns=(1, 1))
+    A.open_zip.cache_clear()
+    assert colours([open_images(file, 8)[1]]) == [((80, 0, 0), 0)]
+    assert "1.png: unreadable, replaced by the next image (BadZipFile" in capfd.readouterr().err
+    for data in (b"", b"PK", whole[:-30]):
+        file.write_bytes(data)
+        A.open_zip.cache_clear()
+        one_line(lambda: open_images(file, 8), "flat.zip", "not a whole .zip", folder=tmp_path)
+    one_line(lambda: open_images(tmp_path / "none.zip", 8), "none.zip: no such folder or .zip", folder=tmp_path)
+
+
 def test_a_named_pipe_among_the_images_holds_nothing_up(tmp_path, capfd):
     colour(tmp_path / "2.png", (10, 0, 0))
     os.mkfifo(tmp_path / "1.png")

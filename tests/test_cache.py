@@ -174,6 +174,18 @@ def test_other_data_are_refused_and_the_same_elsewhere_are_not(home, tmp_path):
         stage2(flags)
 
 
+def test_a_zip_of_the_folder_is_the_same_cache(home, tmp_path):
+    """Images are as many, in the same order and the same bits; its digest too."""
+    shutil.make_archive(tmp_path / "data", "zip", home / "data")
+    stage2(folder_flags(home, tmp_path / "c", tmp_path / "data.zip"))
+    ours, theirs = contents(tmp_path / "c"), contents(home / "small")
+    manifest, other = (json.loads(x.pop("manifest.json")) for x in (ours, theirs))
+    assert ours == theirs and manifest.pop("data").endswith("data.zip")
+    assert manifest == {name: value for name, value in other.items() if name != "data"}
+    with no_encoding():                                           # and either reads the other's
+        stage2(folder_flags(home, shutil.copytree(home / "small", tmp_path / "d"), tmp_path / "data.zip"))
+
+
 def test_a_short_outage_while_caching_replaces_no_picture(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ae_file, "WAITS", (0.001,) * 5)
     read, failed = ae_file.read_bytes, set()

@@ -12,6 +12,7 @@ import os
 import pickle
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -802,6 +803,10 @@ def test_folders_take_images_of_all_modes_and_nothing_else(sets, tiny, capsys, t
     want = gap.square().sum().item() + np.trace(np.cov(f.numpy(), rowvar=False))      # from a point
     agree(out, {"n": 7, "fid": want})
     assert out["notes"] == ["the samples are all alike (constant images?)"] and "note: the samples are all" in text
+    assert "left out: 1 .txt" in text
+    zipped = shutil.make_archive(tmp_path / "grey", "zip", folder)
+    same, _ = run(capsys, zipped, sets.flat, *flags)
+    assert (same["n"], same["fid"], same["samples_hash"]) == (7, out["fid"], out["samples_hash"])
 
     jpegs = [save_folder(tmp_path / suffix, sets.a, suffix) for suffix in ("jpg", "JPEG")]
     decoded = torch.stack([torch.from_numpy(np.array(Image.open(Path(jpegs[0], f"{i:04}.jpg")))) for i in range(29)])
