@@ -167,7 +167,7 @@ def channel_mask(c, c_prime, device=None):
     return (torch.arange(c, device=device) < c_prime).float().view(1, c, 1, 1)
 
 
-def parse_channels(text, c):
+def parse_channels(text, c, flag="--channels"):
     """"16:128:4" (from 16 in steps of 4, none above 128), "16,32,64" or "64" -> sorted list; None -> 16, 20,
     ..., c [paper], where c itself always counts.
     A number given twice stays twice: c' is drawn uniformly, so "16,32,64,64" takes 64 half of the time."""
@@ -179,9 +179,9 @@ def parse_channels(text, c):
             low, high, *stride = channels
             channels = list(range(low, high + 1, *stride))
     except (ValueError, TypeError):
-        raise InputError(f"--channels {text}: write 16:128:4, or 16,32,64, or one number") from None
+        raise InputError(f"{flag} {text}: write 16:128:4, or 16,32,64, or one number") from None
     if not channels or min(channels) < 1 or max(channels) > c:
-        raise InputError(f"--channels {text}: the numbers must lie in 1..{c}, the autoencoder's channels")
+        raise InputError(f"{flag} {text}: the numbers must lie in 1..{c}, the autoencoder's channels")
     return sorted(channels)
 
 
@@ -492,7 +492,7 @@ def open_images(path, size, train=False, seed=0):
     if str(path) == "toy":
         return ToyImages(size, train)
     if not os.path.isdir(path) and not (str(path).endswith(".zip") and os.path.isfile(path)):
-        raise InputError(f"--data {path}: no such folder or .zip (images, or one folder per class; or toy)")
+        raise InputError(f"{path}: no such folder or .zip (of images, or of one folder per class; or toy)")
     return ImageFolder(path, size, train, seed)
 
 
@@ -747,7 +747,12 @@ def to_float(image):
 
 
 def to_uint8(img):
-    """img (B, 3, H, W) -> pixels, uint8 (B, H, W, 3): clipped, rounded to nearest."""
+    """img (B, 3, H, W) -> pixels, uint8 (B, H, W, 3): clipped, rounded to nearest. InputError where some are
+    not finite: they would be black."""
+    lost = (~img.flatten(1).isfinite().all(1)).sum().item()
+    if lost:
+        raise InputError(f"{lost} of {len(img)} pictures are not finite: damaged weights in --ckpt, --ae or "
+                         "--init, or too large a --guidance")
     pixels = ((img.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()
 
@@ -774,7 +779,8 @@ def save_grid(pixels, path, ncol, titles=None, rows=None):
             pen.text((2, y + zoom * H // 2 - 6), rows[i // ncol], "black", font)
         if titles and i < ncol:
             pen.text((x + 2, 1), titles[i], "black", font)
-    sheet.save(path)
+    sheet.save(f"{path}.tmp", "PNG")                                    # a kill leaves no half picture
+    os.replace(f"{path}.tmp", path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -902,7 +908,7 @@ def find_weights(x, names, hub, download=True):
     if not os.path.exists(path) and re.fullmatch(pattern, str(x)):
         path = fetch(str(x), download)
     if os.path.isdir(path):
-        found = [file for name in names for file in sorted(path.glob(name))]
+        found = [file for name in names for file in sorted(path.glob(name)) if file.is_file()]
         if not found:
             raise InputError(f"{x}: no {names[0]}, {names[1]} or the like in this folder")
         return found[0]
@@ -977,7 +983,7 @@ def load_file(file):
 def read_json(file):
     """Path -> dict; empty where there is no such file."""
     try:
-        content = json.loads(file.read_text("utf-8")) if os.path.exists(file) else {}
+        content = json.loads(file.read_text("utf-8")) if os.path.isfile(file) else {}
         return dict(content.items())
     except Exception as e:
         raise InputError(f"{file}: not a JSON dict ({type(e).__name__}); get it anew, or remove it") from None
@@ -1321,7 +1327,8 @@ class Screen:
     was closed, neither ends a run nor keeps a signal from it."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")                   # None: was closed from the start
+        self.last = "\n"
         self.start()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.start)              # loader processes print too
@@ -1332,6 +1339,7 @@ class Screen:
         threading.Thread(target=self.pump, daemon=True).start()
 
     def write(self, text):
+        self.last = text[-1:] or self.last
         if not self.texts.full():
             self.texts.put(text)
 
@@ -1362,8 +1370,12 @@ def script(main):
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("stopped by Ctrl-C")
+    except BaseException as e:
+        if sys.stderr.last != "\n":                                     # a progress bar's line
+            sys.stderr.write("\n")
+        if isinstance(e, KeyboardInterrupt):
+            sys.exit("stopped by Ctrl-C")
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1446,7 +1458,8 @@ def main(argv=None):
     if args.channels:
         channels = parse_channels(args.channels, c)
     pictures = open_pictures(args.images, args.image_size, models["A"].info.get("image_size", 256))
-    draw_figures(models, pictures, sorted(set(channels)), args.device, out)
+    with writing("--out", out):
+        draw_figures(models, pictures, sorted(set(channels)), args.device, out)
 
 
 if __name__ == "__main__":

@@ -497,9 +497,14 @@ OPERATOR = (
     r"torch\.ops\.(aten|prims)\.(?!save\.|from_file\.|_?sparse)\w+\.[a-zA-Z]\w*|torch\._?sym_\w+|"
     r"torch\.ops\.higher_order\.(cond|wrap_with_(autocast|set_grad_enabled))|math\.[a-z]\w*|_operator\.(add|"
     r"and_|eq|floordiv|ge|getitem|gt|le|lshift|lt|mod|mul|ne|neg|or_|pos|pow|rshift|sub|truediv)")
+SIZE = (                            # what sizes of tensors are written with: sympy evaluates it
+    "Symbol|Integer|Rational|Float|Add|Mul|Pow|Max|Min|Abs|(Python)?Mod|(Floor|Ceil|Clean)Div|And|Or|Not|"
+    "(Int|Float)TrueDiv|PowByNatural|FloatPow|(Trunc|Floor|Ceil|Round)ToInt|ToFloat|ModularIndexing|Identity|"
+    "Equality|Unequality|(Strict)?(Less|Greater)Than")
 TEXT = {
     "target": OPERATOR, "as_operator": OPERATOR, "name": r"\w*", "as_name": r"\w*", "as_string": r"(?s:.*)",
-    "expr_str": r"(?!.*\b(?![a-z]\d|[A-Z]|\d|[a-z]+=)\w)[\w+*/%()<>=!&|~., '-]*", "torch_version": r"[\w.+]*",
+    "expr_str": rf"(({SIZE})\(|'[a-z]+\d+'|'[-\d.e]+'|[a-z]+=(True|False|\d+)|-?\d+|true|false|[), ])*",
+    "torch_version": r"[\w.+]*",
     "type": r"builtins\.(tuple|list|dict)|[a-z]+", "context": r'null|\[[\w", ]*\]',
     "path_name": r"(weight|tensor)_\d+",
 }
@@ -541,6 +546,12 @@ def plain_copy(path):
     return copy
 
 
+def check_files(inception, features):
+    for flag, file in (("features", features), ("inception", inception)):
+        if file not in (None, "default", "random") and not os.path.isfile(file):
+            raise InputError(f"--{flag} {file}: no such file")
+
+
 def load_extractor(inception="default", features=None, device="cpu", resize="tf"):
     """-> Extractor. InputError for files that cannot be had or are something else.
 
@@ -550,9 +561,7 @@ def load_extractor(inception="default", features=None, device="cpu", resize="tf"
     device = torch.device(device)
     if device == torch.device("cuda"):                          # exported operators want a number
         device = torch.device("cuda", 0)
-    for flag, file in (("features", features), ("inception", inception)):
-        if file not in (None, "default", "random") and not os.path.isfile(file):
-            raise InputError(f"--{flag} {file}: no such file")
+    check_files(inception, features)
     if features:
         return Extractor(Exported(features, device), Path(features).stem, file_hash(features), "own", device)
     net = InceptionV3(resize)
@@ -957,7 +966,7 @@ def parse(argv):
         usage="fid.py SAMPLES REFERENCE [flags], or fid.py REFERENCE --save_stats FILE.npz; --help")
     add = parser.add_argument
     add("samples",
-        help="folder of images (nested or flat), .npz with arr_0 (uint8 NHWC) or mu and sigma, or toy")
+        help="folder or .zip of images, .npz with arr_0 (uint8 NHWC) or mu and sigma, or toy")
     add("reference", nargs="?", help="the same")
     add("--metrics", default=",".join(METRICS[:4]),
         help=f"some of {','.join(METRICS)}; psnr and ssim: image by image")

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import time
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -378,18 +379,6 @@ def generate(net, labels, guidance=1.0, interval=(0, 1), solver=None, steps=None
     return F.pad(x, (0, 0, 0, 0, 0, c - k))
 
 
-@torch.no_grad()
-def decode(ae, z):
-    """Latents (b, c', h, w), unscaled -> uint8 pictures (b, H, W, 3). InputError where some are not finite:
-    they would be black."""
-    img = ae.decode(z)
-    lost = (~img.flatten(1).isfinite().all(1)).sum().item()
-    if lost:
-        raise InputError(f"{lost} of {len(z)} pictures are not finite: damaged weights in --ckpt or --ae, or "
-                         "too large a --guidance")
-    return to_uint8(img)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # An unfinished run, in files of --out: whatever ends it, the same command goes on
 
@@ -404,12 +393,20 @@ def write(path, offset, data):
         os.fsync(f.fileno())
 
 
+def checksum(*arrays):
+    """CRC-32 of their bytes, one after the other; never 0."""
+    crc = 0
+    for x in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(x), crc)
+    return crc or 1
+
+
 SPELLED = ("ckpt", "ae", "out", "toy")      # settings that mean the same in several spellings: others tell
 
 
 class Unfinished:
-    """samples.part.pixels: uint8 (n, H, W, 3), raw. samples.part.done: a byte for each batch, 1 once its
-    pixels are on the disk. samples.part.json: what decides pixels; comes last, goes first."""
+    """samples.part.pixels: uint8 (n, H, W, 3), raw. samples.part.done: uint32, the checksum of each batch
+    whose pixels are on the disk, else 0. samples.part.json: what decides pixels; comes last, goes first."""
 
     def __init__(self, out, shape, batch_size):
         self.out = out
@@ -423,18 +420,19 @@ class Unfinished:
     def open(self, settings):
         """Makes the files, or goes on with those of the same settings. InputError where others have drawn."""
         text = json.dumps(settings)
-        if not self.settings.exists() or not any(self.done.read_bytes()):
+        wanted = json.loads(text)
+        held = read_json(self.settings)
+        begun = held and self.done.is_file() and any(self.done.read_bytes())
+        others = [name for name in wanted if name not in SPELLED and held.get(name) != wanted[name]]
+        if begun and others:
+            raise InputError(f"--out {self.out}: an unfinished run of another {', '.join(others)}; end it "
+                             "with its own flags, or remove samples.part.* in there")
+        if not begun or not self.drawn():
             self.allocate()
-            self.done.write_bytes(bytes(self.batches))
+            self.done.write_bytes(bytes(4 * self.batches))
             new = self.out / "samples.part.tmp"
             new.write_text(text)
             os.replace(new, self.settings)
-        held = read_json(self.settings)
-        wanted = json.loads(text)
-        others = [name for name in wanted if name not in SPELLED and held.get(name) != wanted[name]]
-        if others:
-            raise InputError(f"--out {self.out}: an unfinished run of another {', '.join(others)}; end it "
-                             "with its own flags, or remove samples.part.* in there")
 
     def allocate(self):
         """A full disk ends a run here: it must hold the pixels, and at the end samples.npz too."""
@@ -451,9 +449,22 @@ class Unfinished:
             raise InputError(f"--out {self.out}: {2 * size:,} bytes are needed there, {free:,} are free; "
                              "make room, or name another --out") from None
 
+    def drawn(self):
+        """Whether there are batches to go on with. Those that are damaged lose their mark."""
+        sizes = [os.path.getsize(file) if file.is_file() else 0 for file in (self.pixels, self.done)]
+        if sizes != [math.prod(self.shape), 4 * self.batches]:
+            return False
+        done = np.fromfile(self.done, np.uint32)
+        pixels = np.memmap(self.pixels, np.uint8, "r", shape=self.shape)
+        for k in np.flatnonzero(done):
+            if checksum(pixels[self.index(k)]) != done[k]:
+                done[k] = 0
+        write(self.done, 0, done.tobytes())
+        return done.any()
+
     def left(self, rank=0, world=1):
         """The batches of a rank's contiguous share that are not drawn yet."""
-        done = self.done.read_bytes()
+        done = np.fromfile(self.done, np.uint32)
         share = range(self.batches * rank // world, self.batches * (rank + 1) // world)
         return [k for k in share if not done[k]]
 
@@ -465,7 +476,7 @@ class Unfinished:
     def put(self, k, pixels):
         """Batch k, (b, H, W, 3), and then its mark."""
         write(self.pixels, k * self.batch_size * math.prod(self.shape[1:]), pixels.numpy().tobytes())
-        write(self.done, k, b"\1")
+        write(self.done, 4 * k, np.uint32(checksum(pixels.numpy())).tobytes())
 
     def save(self, labels):
         """Writes samples.npz, in ADM's layout. -> the pixels."""
@@ -491,7 +502,7 @@ def class_numbers(part, names, known):
     if part in names:
         return [names.index(part)]
     numbers = list(range(known))
-    if names and all(re.fullmatch(r"\d{1,18}", name) for name in names):
+    if names and all(re.fullmatch(r"-?\d{1,18}", name) for name in names):
         numbers = [int(name) for name in names]
     found = re.fullmatch(r"(\d{1,18})(-(\d{1,18}))?", part)
     if found:
@@ -659,7 +670,8 @@ def main(argv=None):
                 steps=args.steps, seed=args.seed, c_prime=c_prime, index=index)
 
     def to_pixels(z, c_prime=args.c_prime):                     # -> uint8 (b, H, W, 3)
-        return decode(ae, z[:, :c_prime] / scale).cpu()
+        with torch.no_grad():
+            return to_uint8(ae.decode(z[:, :c_prime] / scale)).cpu()
 
     def full_pictures(count):                                   # -> uint8 (count, H, W, 3), all channels
         batches = torch.arange(count).split(args.batch_size)

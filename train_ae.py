@@ -194,8 +194,8 @@ def main(argv=None):
 
 
 def train(args, ranks, config, ae):
-    run = Run(args, ranks)
     data = None if args.bench else open_images(args.data, args.size, train=True, seed=args.seed)
+    run = Run(args, ranks)
 
     # The network, and what trains it
     torch.manual_seed(args.seed)
@@ -372,12 +372,13 @@ class Evaluation:
         self.args, self.ranks, self.config = args, ranks, config
         self.rows = doubling(config.c, args.channels[0])
         if args.eval_channels:
-            self.rows = sorted(set(parse_channels(args.eval_channels, config.c)))
+            self.rows = sorted(set(args.eval_channels))
         self.scores = {"psnr": lambda img, rec: fid.psnr(to_uint8(img), to_uint8(rec)),
                        "ssim": lambda img, rec: fid.ssim(to_uint8(img), to_uint8(rec))}
         self.extractor = None
         self.open(args.size)
-        if config.in_channels == 3 and (args.eval_only or args.data != "toy"):
+        asked = args.eval_only or args.features or args.inception != "default"
+        if config.in_channels == 3 and (asked or args.data != "toy"):
             self.add_networks()
 
     def open(self, size):
@@ -589,6 +590,8 @@ def parse(argv=None):
         return {**PHASES[args.phase], "lpips": 0.0 if args.data == "toy" else 1.0,
                 **({"image_size": None} if own_size else {})}
     args = parse_flags(p, recipe, TOY, argv)
+    if args.val and args.val != "toy" and not os.path.exists(args.val):
+        raise InputError(f"--val {args.val}: no such folder")
     size = (1, 2**16)                                           # of pictures and widths
     check_numbers(args, image_size=size, f=size, c=size, width=size, widths=size, in_channels=size,
                   depths=(0, 1000),
@@ -604,6 +607,8 @@ def configure(args, ranks):
     args.channels = training_channels(args, config.c, ranks, info.get("channels"))
     args.image_size = args.image_size or [info.get("image_size") or PHASES[args.phase]["image_size"][0]]
     args.size = args.image_size[0]
+    if args.eval_channels:
+        args.eval_channels = parse_channels(args.eval_channels, config.c, "--eval_channels")
     for size in args.image_size:
         if size < 1 or size % config.f:
             raise InputError(f"--image_size {size}: not a multiple of f = {config.f}")
@@ -636,7 +641,8 @@ def open_init(args):
     needs = {"--eval_only": args.eval_only, f"--phase {args.phase}": args.phase > 1,
              "--train decoder": args.train == "decoder"}
     source = args.init
-    if source is None and any(needs.values()) and args.out and os.path.exists(f"{args.out}/ckpt.pt"):
+    held = [f"{args.out}/{name}" for name in ("ckpt.pt", "ckpt_prev.pt")]
+    if source is None and any(needs.values()) and args.out and any(map(os.path.isfile, held)):
         source = args.out
     if source is None:
         for flag, needed in needs.items():
@@ -648,8 +654,9 @@ def open_init(args):
         given, have = getattr(args, flag), getattr(ae.config, flag)
         if given not in (None, have):
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
+    toy = [whole_numbers(TOY[flag]) for flag in ("widths", "depths")] if args.toy else []
     for flag in ("width", "widths", "depths"):
-        if getattr(args, flag) is not None and not args.toy:
+        if getattr(args, flag) not in (None, *toy):
             raise InputError(f"--{flag}: {source} has its own; leave the flag out")
     if not args.shortcuts:
         raise InputError(f"--no-shortcuts: {source} says whether it has them; leave the flag out")
@@ -657,6 +664,8 @@ def open_init(args):
 
 
 def config_of_flags(args):
+    if args.width and args.widths:
+        raise InputError(f"--width {args.width}: --widths, which --toy sets, says it too; name only --widths")
     given = {flag: getattr(args, flag) for flag in ("f", "c", "version", "width", "in_channels")}
     given = {flag: value for flag, value in given.items() if value is not None}
     return AEConfig(**given, shortcuts=args.shortcuts,
@@ -783,7 +792,7 @@ def training_flags(description):
               formatter_class=DefaultsHelp)
     add = p.add_argument
     add("--toy", action="store_true", help="small preset that a CPU trains in minutes; flags beside it win")
-    add("--data", default="toy", help="folder of class folders or flat (unconditional); toy: built-in images")
+    add("--data", default="toy", help="folder of class folders or flat (unconditional), a .zip of it, or toy")
     add("--out", help="run folder: ckpt.pt, log.jsonl, pictures; else out/ + a name of the model")
     add("--steps", type=int, help="optimiser steps in total; a larger number goes on from the checkpoint")
     add("--batch_size", type=int, help="global batch, divisible by ranks x accumulate")
@@ -849,6 +858,7 @@ def check_flags(args):
         workers=(0, 1024), tflops=(1e-9, LARGE))
     if args.wandb:
         import_wandb()
+    fid.check_files(args.inception, args.features)
     if args.data != "toy" and not args.dry_run and not os.path.exists(args.data):
         raise InputError(f"--data {args.data}: no such folder")
     if args.out and os.path.exists(args.out) and not os.path.isdir(args.out):
@@ -1104,17 +1114,24 @@ def whole_weights(module, cpu=False):
 
 def load_state(module, opt, ckpt, args, ema=None):
     whole = StateDictOptions(full_state_dict=True)
-    state = (ckpt["optimizer"] or {}).get("state", {})
-    if not state or not all(isinstance(name, str) for name in state):
+    optimizer = ckpt.get("optimizer")
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise InputError(f"--out {args.out}: begun by an older version, which alone can go on with it "
                          f"(commit {ckpt['commit']}); or name another --out")
     flags = [{name: group[name] for name in ("betas", "weight_decay")} for group in opt.param_groups]
-    set_state_dict(module, opt, model_state_dict=ckpt["model"], optim_state_dict=ckpt["optimizer"],
-                   options=whole)
+    try:
+        model, average = ckpt["model"], ckpt.get("ema") or ckpt["model"]
+        if not model.keys() == average.keys() == module.state_dict().keys():
+            raise KeyError
+        set_state_dict(module, opt, model_state_dict=model, optim_state_dict=optimizer, options=whole)
+        if ema is not None:
+            set_model_state_dict(ema, average, options=whole)
+    except Exception as e:                                      # of torch there are many kinds
+        raise InputError(f"--out {args.out}: its checkpoint is not whole ({type(e).__name__}); choose another "
+                         "--out") from e
     for group, given in zip(opt.param_groups, flags):           # the moments are the run's, these are flags
         group.update(given)
-    if ema is not None:
-        set_model_state_dict(ema, ckpt["ema"] or ckpt["model"], options=whole)
 
 
 def is_sharded(module):
@@ -1148,7 +1165,7 @@ class Run:
         if self.signalled or self.args.bench:
             raise KeyboardInterrupt
         if self.bar is None:                                    # nothing is lost before the first step
-            raise InputError(f"stopped by a signal; {self.where()}")
+            sys.exit(f"stopped by a signal; {self.where()}")
         self.signalled = True
         self.stop = self.ranks.size == 1                        # several ranks agree in log()
         signal.signal(signal.SIGALRM, self.on_alarm)
@@ -1156,7 +1173,7 @@ class Run:
 
     def on_alarm(self, number, frame):
         if self.waits:
-            raise InputError(f"stopped by a signal while waiting; {self.where()}")
+            sys.exit(f"stopped by a signal while waiting; {self.where()}")
 
     @contextmanager
     def waiting(self):
@@ -1191,6 +1208,10 @@ class Run:
         if ckpt.get("kind") != kind:
             raise InputError(f"--out {self.args.out}: holds a checkpoint of kind {ckpt.get('kind')}, not "
                              f"{kind}; choose another --out")
+        kinds = dict(step=int, skipped=int, args=dict, model=dict, scale=float)
+        if wrong := [name for name, kind in kinds.items() if not isinstance(ckpt.get(name), kind)]:
+            raise InputError(f"--out {self.args.out}: its checkpoint has no usable {', '.join(wrong)}; "
+                             "choose another --out")
         for name, value in must_match.items():
             if ckpt.get(name) != value:
                 raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; "
@@ -1203,9 +1224,8 @@ class Run:
             if os.path.exists(last):
                 os.replace(last, f"{self.args.out}/ckpt_damaged.pt")
             os.replace(before, last)
-        watched = ("data", "batch_size", "lr", "betas", "weight_decay", "clip", "seed", "lpips", "gan",
-                   "label_dropout", "ema")
-        changed = [flag for flag in watched if ckpt["args"].get(flag) != getattr(self.args, flag, None)]
+        changed = [flag for flag, value in vars(self.args).items() if flag not in ("steps", "out")
+                   and value is not None and value != ckpt["args"].get(flag, value)]
         note = f"; changed since: {', '.join(changed)}" if changed else ""
         self.ranks.print0(f"resuming {file} at step {self.saved}{note}")
         return ckpt
@@ -1262,7 +1282,7 @@ class Run:
         guard.restore()
         if hasattr(forward, "reshard"):                         # FSDP2's root waits for a backward pass
             forward.reshard()
-        finite = output.float().mean().isfinite().item()
+        finite = output.float().square().mean().isfinite().item()
         if not self.ranks.any(not finite or guard.in_a_row > 0):
             return True
         if self.stop or done == self.args.steps:
@@ -1417,7 +1437,7 @@ def import_wandb():
 def step_of(line):
     """Of a line of a log; of half a line more than any."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, LookupError, TypeError):
         return math.inf
 

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import zlib
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -36,7 +35,7 @@ from ae import (InputError, check_numbers, evenly_spaced, file_size, fingerprint
                 open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8, writing)
 from diffusion import (DROP, MIRROR, MODELS, NOISE, TIME, build, draw_t, forward_macs, gaussian,
                        training_loss, uniform)
-from sample import generate, write
+from sample import checksum, generate, write
 from train_ae import (COUNT, LARGE, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
                       draw_channels, ema_update, end_ranks, learning_rate, load, load_state, loss_names,
                       parallel, parse_flags, print_estimate, sample_numbers, set_lr, settle_batch, shard,
@@ -70,13 +69,14 @@ def main(argv=None):
 
 
 def train(args, ranks, ae, c, size):
-    run = Run(args, ranks)
+    toy = args.data == "toy"                                    # its training pictures are not evaluation's
+    data = RANDOM if args.bench else open_images(args.data, args.image_size, train=toy)
     reference = Reference(args, ranks) if args.fid and args.eval_every else None
-    latents = RANDOM if args.bench else cache_latents(args, ae, ranks)
+    run = Run(args, ranks)
 
     # The network, its average, its optimiser
     torch.manual_seed(args.seed)
-    net = build_network(args, c, size, latents.num_classes).to(ranks.device)
+    net = build_network(args, c, size, data.num_classes).to(ranks.device)
     announce(args, ranks, net)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     net.checkpointing = args.checkpointing
@@ -89,8 +89,8 @@ def train(args, ranks, ae, c, size):
 
     # Where the run stands
     start_step = 0
-    must_match = dict(config=net.config, channels=args.channels, ae_hash=latents.ae_hash,
-                      image_size=args.image_size)
+    must_match = dict(config=net.config, channels=args.channels, ae_hash=ae and fingerprint(ae),
+                      image_size=args.image_size, classes=list(data.classes))
     if ckpt := run.resume("diffusion", **must_match):
         start_step = ckpt["step"]
         load_state(net, opt, ckpt, args, ema)
@@ -99,6 +99,7 @@ def train(args, ranks, ae, c, size):
     owed = run.owes(start_step, os.path.exists(preview_file(args, start_step)))
     if run.finished(start_step) and not owed:
         return
+    latents = RANDOM if args.bench else cache_latents(args, ae, ranks, data)
     if reference:
         reference.measure()
     if owed:
@@ -169,7 +170,6 @@ def save(run, done, net, ema, opt, guard, latents, must_match):
               "optimizer": optimizer,
               "scale": latents.scale,
               "ae": ae,
-              "classes": latents.manifest["classes"],
               "skipped": int(guard.skipped)})
 
 
@@ -205,7 +205,7 @@ class Latents:
     def __init__(self, folder, seed=0, held=None):
         self.folder, self.seed, self.held = folder, seed, held  # held: the lock of the run that has filled it
         self.manifest = read_json(Path(folder, "manifest.json"))
-        self.num_classes, self.ae_hash = self.manifest["num_classes"], self.manifest["ae_hash"]
+        self.num_classes = self.manifest["num_classes"]
         chunks = len(self.arrays["done"])
         self.checked = torch.zeros(chunks, dtype=torch.bool).share_memory_()    # among loader processes
         rows = np.arange(0, len(self), max(1, len(self) // 2048))
@@ -257,14 +257,13 @@ class Latents:
         return checksum(*latents[:, part], labels[part]) == done[k]
 
 
-RANDOM = SimpleNamespace(num_classes=1000, scale=1.0, ae_hash=None)     # in place of a cache: --bench
+RANDOM = SimpleNamespace(num_classes=1000, classes=[], scale=1.0)       # in place of data and cache: --bench
 
 
-def cache_latents(args, ae, ranks):
+def cache_latents(args, ae, ranks, data):
     """The images' latents through the ADM crop, encoded where that is not yet done; ranks take chunks in
     turn. Finished chunks are marked, so that a killed run goes on."""
-    toy, folder = args.data == "toy", args.cache
-    data = open_images(args.data, args.image_size, train=toy)   # toy: pictures that no evaluation shows
+    folder = args.cache
     numbers = evenly_spaced(data, args.max_images)
     side = args.image_size // ae.config.f
     manifest = {"format": 2,                                    # 1: without checksums
@@ -352,11 +351,11 @@ def open_arrays(folder, manifest):
     """{name: memory map}. InputError: not what the manifest asks for."""
     arrays = {}
     for name, (dtype, shape) in layout(manifest).items():
-        try:
-            arrays[name] = x = np.lib.format.open_memmap(f"{folder}/{name}.npy", mode="r")
-            whole = x.dtype == dtype and x.shape == shape
-        except Exception:                                       # numpy raises many kinds
-            whole = False
+        path, whole = f"{folder}/{name}.npy", False
+        with suppress(Exception):                               # numpy raises many kinds
+            if os.path.isfile(path):                            # a pipe would never end
+                arrays[name] = x = np.lib.format.open_memmap(path, mode="r")
+                whole = x.dtype == dtype and x.shape == shape
         if not whole:
             raise unusable(folder, f"{name}.npy is damaged")
     return arrays
@@ -399,14 +398,6 @@ def write_chunk(folder, k, n, *parts):
     write_rows(f"{folder}/done.npy", k, np.array([checksum(plain, mirrored, labels)], np.uint32))
 
 
-def checksum(*arrays):
-    """CRC-32 of their bytes, one after the other; never 0."""
-    crc = 0
-    for x in arrays:
-        crc = zlib.crc32(np.ascontiguousarray(x), crc)
-    return crc or 1
-
-
 def write_rows(path, start, values):
     """Rows of a .npy file."""
     offset = np.load(path, mmap_mode="r").offset
@@ -442,7 +433,7 @@ def preview_file(args, step):
 @torch.no_grad()
 def evaluate(run, done, ema, ae, latents, reference):
     """With --fid a line in fid.jsonl, then a PNG at fixed seeds and classes: convergence by eye."""
-    if reference:
+    if reference and not run.has("fid.jsonl", done):
         score(run, done, ema, ae, latents, reference)
     classes = max(1, latents.num_classes)
     if run.ranks.is_main or run.args.fsdp:                      # FSDP: all ranks gather weights
@@ -494,7 +485,7 @@ def parse(argv=None):
     add("--channels", help="c' of Eq. 2: 16:128:4, 16,32,64, or one number. Else 16,20,...,c [paper], or "
         "with --toy c/8,c/4,c/2,c")
     add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="augmented diffusion training (Eq. 2); --no-augment: ordinary")
+        help="augmented diffusion training (Eq. 2); --no-augment: ordinary, whatever --channels says")
     add("--depth", type=int, help="in place of the model's depth")
     add("--hidden", type=int, help="in place of the model's width")
     add("--heads", type=int, help="in place of the model's heads")
@@ -528,6 +519,8 @@ def configure(args, ranks):
         raise InputError(f"--fid_num {args.fid_num}: not divisible by {ranks.size} ranks")
     ae, c, size = open_latent_space(args)
     args.channels = training_channels(args, c, ranks) if args.augment else [c]
+    with torch.device("meta"):                                  # what it refuses, it refuses now
+        build_network(args, c, size, num_classes=1000)
     if args.out is None:
         patch = f"-p{args.patch}" if args.patch > 1 else ""
         f = f"f{ae.config.f}" if ae else ""
@@ -548,7 +541,7 @@ def open_latent_space(args):
     """(autoencoder, c, latent side); --bench and --dry_run need no autoencoder, numbers or a name are
     enough."""
     free = args.bench or args.dry_run
-    name = re.search(r"f(\d+)c(\d+)", args.ae or "")
+    name = re.search(r"f([1-9]\d*)c([1-9]\d*)", args.ae or "")
     if free and args.c and args.size:
         return None, args.c, args.size
     if free and name and not os.path.exists(args.ae):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -1160,6 +1161,48 @@ def test_ctrl_c_is_one_line_and_a_full_pipe_does_not_keep_it(tmp_path, monkeypat
     os.kill(pid, signal.SIGINT)
     assert ended(pid, 10) == 1 and (tmp_path / "said").read_text() == "stopped by Ctrl-C\n"
     os.close(read), os.close(write)
+
+
+def test_closed_streams_hold_nothing_up_and_an_error_has_a_line_of_its_own(tmp_path):
+    code = "import sys, ae\ndef work():\n    print(1)\n    sys.stderr.write('5%')\n    raise ae.InputError('bad')\n"
+    for closed in ("2>&-", ">&-", ">&- 2>&-", "<&-"):
+        start = time.time()
+        p = subprocess.run(["bash", "-c", f"exec {sys.executable} -c \"$0\" {closed}", code + "ae.script(work)"],
+                           cwd=ROOT, capture_output=True, text=True)
+        assert p.returncode == 1 and time.time() - start < 30
+        assert p.stderr == ("" if "2>" in closed else "5%\nbad\n"), p.stderr
+
+
+def test_files_that_are_pipes_or_folders_are_not_waited_for(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "ckpt.pt").unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / "ckpt.pt")
+        assert read_checkpoint(tmp_path)["step"] == 1                   # ckpt_prev.pt
+        (tmp_path / "ckpt.pt").unlink() if make is os.mkfifo else (tmp_path / "ckpt.pt").rmdir()
+    (tmp_path / "kl").mkdir()
+    os.mkfifo(tmp_path / "kl" / "config.json")
+    one_line(lambda: A.open_autoencoder(tmp_path / "kl"), "no ckpt.pt", folder=tmp_path)
+
+
+def test_pictures_that_are_not_finite_are_an_error_and_no_half_picture_stays(tmp_path):
+    img = torch.zeros(3, 3, 4, 4)
+    img[1, 0, 0, 0] = math.nan
+    img[2, 1, 3, 3] = -math.inf
+    one_line(lambda: to_uint8(img), "2 of 3 pictures are not finite")
+    ae = small()
+    ae.decoder.project_in.bias.data.fill_(math.nan)
+    save_ours(ae, tmp_path / "ckpt.pt")
+    one_line(lambda: A.main(["toy", "--ckpt", str(tmp_path), "--out", str(tmp_path / "a")]), "not finite")
+    save_ours(small(), tmp_path / "ckpt.pt")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
+        one_line(lambda: A.main(["toy", "--ckpt", str(tmp_path), "--image_size", "16", "--out", str(tmp_path / "b")]),
+                 f"--out {tmp_path}/b", "File too large", folder=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert not list((tmp_path / "b").glob("*.png"))
 
 
 # --------------------------------------------------------------------------------------------------------------------

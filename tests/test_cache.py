@@ -8,8 +8,10 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from unittest import mock
@@ -20,8 +22,9 @@ import torch
 from PIL import Image
 
 import ae as ae_file
+import train_diffusion
 from ae import DCAE, InputError
-from test_train import ROOT, SMALL, Job, clean_up, encode, stage2, to_float, write_autoencoder  # noqa: F401
+from test_train import ROOT, SMALL, Job, clean_up, encode, to_float, write_autoencoder  # noqa: F401
 from train_diffusion import Latents
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -43,6 +46,13 @@ def home(tmp_path_factory):
     stage2(folder_flags(folder, folder / "small"))
     stage2(toy_flags(folder, folder / "long"))
     return folder
+
+
+def stage2(flags):
+    """A new run on a cache; one that has ended would not look at it."""
+    flags = flags.split()
+    shutil.rmtree(flags[flags.index("--out") + 1], ignore_errors=True)
+    train_diffusion.main(flags)
 
 
 def folder_flags(home, cache, data=None):
@@ -365,6 +375,44 @@ def test_a_disk_that_fills_up_while_caching_is_one_line_and_the_cache_goes_on(ho
     assert (np.load(tmp_path / "c" / "done.npy") > 0).tolist() == [True, False]
     stage2(toy_flags(home, tmp_path / "c"))
     assert contents(tmp_path / "c") == contents(home / "long")
+
+
+def test_what_can_be_refused_is_refused_before_anything_is_encoded(home, tmp_path):
+    """A network that cannot be built; a run of another network, or of other classes."""
+    refused(toy_flags(home, tmp_path / "c").replace("--hidden 16", "--hidden 30"), "hidden 30")
+    assert not (tmp_path / "c").exists()
+    data = shutil.copytree(home / "data", tmp_path / "data")
+    stage2(folder_flags(home, tmp_path / "a", data))
+    shutil.copytree(tmp_path / "a.run", tmp_path / "kept")
+    flags = folder_flags(home, tmp_path / "b", data).replace(f"{tmp_path}/b.run", f"{tmp_path}/kept")
+    os.rename(data / "cat", data / "zebra")                       # labels 0 and 1 now mean dog and zebra
+    for other, word in ((flags, "another classes"), (flags.replace("--depth 2", "--depth 4"), "another config")):
+        with no_encoding(), pytest.raises(InputError, match=f"--out .*kept: .*{word}"):
+            train_diffusion.main([*other.split(), "--steps", "9"])
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_signal_while_caching_is_no_broken_picture(home, tmp_path):
+    decode, count = ae_file.decode, iter(range(100))
+
+    def stopped(*args):
+        if next(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        return decode(*args)
+    usual = signal.getsignal(signal.SIGTERM)
+    with mock.patch.object(ae_file, "decode", stopped), pytest.raises(SystemExit, match="stopped by a signal"):
+        stage2(folder_flags(home, tmp_path / "c"))
+    signal.signal(signal.SIGTERM, usual)
+    assert not np.load(tmp_path / "c" / "done.npy").any()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "latents.npy", "done.npy"])
+def test_a_pipe_in_the_cache_is_not_waited_for(home, tmp_path, name):
+    cache = shutil.copytree(home / "small", tmp_path / "c")
+    (cache / name).unlink()
+    os.mkfifo(cache / name)
+    refused(folder_flags(home, cache), "--cache", "remove the folder")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

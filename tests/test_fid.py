@@ -1072,8 +1072,9 @@ def hostile_networks(tiny, folder, marker):
         name = next(arg["as_tensor"]["name"] for arg in graph["inputs"] if arg["as_tensor"]["name"] == "img")
         return graph["tensor_values"][name]
 
-    def expression(program):
-        input_meta(program)["sizes"][0] = {"as_expr": {"expr_str": code, "hint": {"as_int": 3}}}
+    def expression(text):
+        size = {"as_expr": {"expr_str": text, "hint": {"as_int": 3}}}
+        return edited_json(model, lambda program: input_meta(program)["sizes"].__setitem__(0, size))
 
     def guards(program):
         program["guards_code"] = [code]
@@ -1112,7 +1113,10 @@ def hostile_networks(tiny, folder, marker):
         "save": calls("torch.ops.aten.save.default", ("item", None), ("filename", marker)),
         "map": calls("torch.ops.aten.from_file.default", ("filename", marker), ("shared", {"as_bool": True}),
                      ("size", {"as_int": 4}), ("dtype", {"as_scalar_type": 1})),
-        "expression": edited_json(model, expression), "guards": edited_json(model, guards),
+        "expression": expression(code),
+        "spelled": expression(f"S('{'%1c' * len(code)}'%({','.join(str(ord(x)) for x in code)}))"),
+        "called": expression(f"Lambda(x, {code})(1)"), "attribute": expression("Symbol('s0').__class__"),
+        "guards": edited_json(model, guards),
         "name": edited_json(model, name),
         "compiled": lambda members: members.update({"data/aotinductor/model/net.so": b"\x7fELF"}),
     }

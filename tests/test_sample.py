@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 import types
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -633,6 +634,9 @@ def test_numbers_are_names_where_all_names_are_numbers(run_folder, tmp_path, qui
                                                                   folder=folder)[0]]
     assert say("2-3", 4) == ["2", "3", "2", "3"] and say("2,3", 2) == ["2", "3"] and say("10", 1) == ["10"]
     assert say("9-11,0", 4) == ["9", "10", "11", "0"]
+    below = change(run_folder, tmp_path / "below", **config, classes=sorted(map(str, range(-1, 11))))
+    assert quick(tmp_path / "a", "--n", 2, "--classes", "0-1", folder=below)[0] == [1, 2]     # -1, 0, 1, 10, 2, ...
+    assert quick(tmp_path / "a", "--n", 1, "--classes", "-1", folder=below)[0] == [0]
     years = [str(1990 + k) for k in range(12)]                                  # not from 0 on
     gaps = ["007", *(str(10 * k) for k in range(1, 12))]
     mixed = [*names[:11], "cat"]                                                # one word: numbers are positions again
@@ -840,6 +844,21 @@ def test_an_unfinished_run_of_other_settings_is_refused(run_folder, tmp_path, wh
     assert go_on(run_folder, tmp_path / "new", "--seed", 1) == (3, data)
 
 
+def test_damaged_batches_of_an_unfinished_run_are_drawn_again(run_folder, tmp_path, whole):
+    def flip(data):
+        return data[:5] + bytes([data[5] ^ 4]) + data[6:]
+
+    picture = 2 * 16 * 16 * 3                                                   # bytes of a batch
+    for name, change, again in (("pixels", flip, 1), ("pixels", lambda data: bytes(picture) + data[picture:], 1),
+                                ("pixels", lambda data: data[:-1], 2), ("pixels", lambda data: b"", 2),
+                                ("done", flip, 1), ("done", lambda data: data[:1], 2), ("done", lambda data: data, 0)):
+        out = tmp_path / "out"
+        begin(run_folder, out, 2)
+        file = out / f"samples.part.{name}"
+        file.write_bytes(change(file.read_bytes()))
+        assert go_on(run_folder, out) == (1 + again, whole), (name, again)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_second_run_is_refused_and_a_signal_ends_the_first(run_folder, tmp_path, one_thread, number):
     flags = ["--ckpt", run_folder, "--n", 12, "--batch_size", 2, "--solver", "heun", "--steps", 60]
@@ -862,7 +881,7 @@ def test_a_second_run_is_refused_and_a_signal_ends_the_first(run_folder, tmp_pat
         assert "stopped by Ctrl-C" in said and "Traceback" not in said
     else:
         assert os.waitstatus_to_exitcode(status) == -number
-    assert 0 < sum(marks.read_bytes()) < 6
+    assert 0 < np.count_nonzero(np.fromfile(marks, np.uint32)) < 6
     for folder in ("whole", "out"):
         sample.main([*map(str, [*flags, "--out", tmp_path / folder])])
     assert (out / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
@@ -905,6 +924,8 @@ def test_two_ranks_go_on_with_what_one_began(run_folder, tmp_path, one_thread):
     flat = np.full(2 * 16 * 16 * 3, 7, np.uint8)                                # a batch that is there stays as it is
     with open(out / "samples.part.pixels", "r+b") as f:
         f.write(flat.tobytes())
+    with open(out / "samples.part.done", "r+b") as f:
+        f.write(np.uint32(zlib.crc32(flat)).tobytes())
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
