@@ -1128,7 +1128,7 @@ def load_state(module, opt, ckpt, args, ema=None):
         if ema is not None:
             set_model_state_dict(ema, average, options=whole)
     except Exception as e:                                      # of torch there are many kinds
-        raise InputError(f"--out {args.out}: its checkpoint is not whole ({type(e).__name__}); choose another "
+        raise InputError(f"--out {args.out}: its checkpoint is not whole ({type(e).__name__}); pick another "
                          "--out") from e
     for group, given in zip(opt.param_groups, flags):           # the moments are the run's, these are flags
         group.update(given)

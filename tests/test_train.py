@@ -909,7 +909,7 @@ def test_networks_that_say_nan_end_an_evaluation(tmp_path, wild_ae, toy_cache):
         stage2(f"{DIT} --ae {tmp_path} --cache {tmp_path}/c --model SiT-T --steps 1 --eval_every 1 --out {tmp_path}/d")
 
 
-def test_flags_that_would_be_ignored_are_refused_or_named(tmp_path, toy_ae, wild_ae, capsys):
+def test_flags_that_would_be_ignored_are_refused_or_named(tmp_path, toy_ae, capsys):
     def refused(flags, *words):
         with pytest.raises(InputError) as e:
             stage1(f"{flags} --out {tmp_path}/new")
@@ -927,7 +927,7 @@ def test_flags_that_would_be_ignored_are_refused_or_named(tmp_path, toy_ae, wild
     flags = f"{SIZE} {RUN} --train all --out {tmp_path}/run"
     stage1(f"{flags} --init {toy_ae} --steps 1")
     capsys.readouterr()
-    stage1(f"{flags} --init {wild_ae} --steps 1")
+    stage1(f"{flags} --init {toy_ae}/ckpt.pt --steps 1")
     assert "changed since: init" in capsys.readouterr().out
 
 
