@@ -492,7 +492,7 @@ def open_images(path, size, train=False, seed=0):
     if str(path) == "toy":
         return ToyImages(size, train)
     if not os.path.isdir(path) and not (str(path).endswith(".zip") and os.path.isfile(path)):
-        raise InputError(f"{path}: no such folder or .zip (of images, or of one folder per class; or toy)")
+        raise InputError(f"--data {path}: no such folder or .zip (images, or one folder per class; or toy)")
     return ImageFolder(path, size, train, seed)
 
 
