@@ -51,45 +51,6 @@ except ImportError:                                                     # Window
     fcntl = None
 
 
-class InputError(SystemExit, ValueError):
-    """Bad input, in one line of less than 200 characters: in its middle a longer one is cut. As SystemExit it
-    ends a script with that line; as ValueError one catches it."""
-
-    def __init__(self, message):
-        message = str(message).split("\nae.InputError: ")[-1]           # below a loader process's traceback
-        line = " ".join(message.split())
-        super().__init__(line if len(line) < 200 else f"{line[:100]} ... {line[-90:]}")
-
-
-class Flags(argparse.ArgumentParser):
-    """Of every script: what is wrong with the flags is one line too."""
-
-    def error(self, message):
-        raise InputError(f"{' '.join(message.split())[:150]} (--help explains each flag)")
-
-
-def check_numbers(args, **limits):
-    """limits: flag=(lowest, highest), for a number or several; None, not given, is fine. InputError outside,
-    and for NaN."""
-    for flag, (low, high) in limits.items():
-        given = getattr(args, flag)
-        for number in given if isinstance(given, (list, tuple)) else [given]:
-            if number is not None and not low <= number <= high:
-                raise InputError(f"--{flag} {number}: must lie in {low:g} .. {high:g}")
-
-
-def check_device(device):
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError):                              # what torch raises
-        raise InputError(f"--device {device}: not on this machine; cpu always is") from None
-
-
-def whole(*numbers):
-    """True where all are whole numbers, of 0 .. 65536: in files of strangers they may be anything."""
-    return all(type(n) is int and 0 <= n <= 65536 for n in numbers)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
 
@@ -99,6 +60,11 @@ PUBLISHED = {
     "1.0": ((1, 2, 4, 4, 8, 8, 16), (0, 4, 8, 2), (0, 5, 10, 2)),
     "1.5": ((1, 2, 4, 4, 8, 8, 8), (0, 5, 10, 4), (0, 5, 10, 4)),
 }
+
+
+def are_sizes(*numbers):
+    """True where all are whole numbers, of 0 .. 65536: in files of strangers they may be anything."""
+    return all(type(n) is int and 0 <= n <= 65536 for n in numbers)
 
 
 @dataclass
@@ -118,7 +84,7 @@ class AEConfig:
     def __post_init__(self):
         for flag in ("f", "c", "width", "in_channels"):
             number = getattr(self, flag)
-            if not whole(number) or number < 1:
+            if not are_sizes(number) or number < 1:
                 raise InputError(f"--{flag} {number}: must be a whole number in 1 .. 65536")
         if not 4 <= self.f <= 4096 or self.f & (self.f - 1):
             raise InputError(f"--f {self.f}: the spatial compression must be a power of two in 4 .. 4096")
@@ -140,7 +106,7 @@ class AEConfig:
     def check(self, side, widths, depths):
         n = self.f.bit_length()
         given = f"--width {self.width}: {side} widths {widths}"
-        if [len(widths), len(depths)] != [n, n] or not whole(*widths, *depths):
+        if [len(widths), len(depths)] != [n, n] or not are_sizes(*widths, *depths):
             raise InputError(f"{given}, depths {depths}: f={self.f} needs {n} whole numbers for each")
         if depths[0] != 0 or min(depths[1:]) < 1 or sum(depths) > 1000:
             raise InputError(f"--depths: {side} depths {depths}: depth 0 first, then >= 1, in all <= 1000")
@@ -426,7 +392,7 @@ class DCAE(nn.Module):
     def from_pretrained(cls, x, download=True):
         """In eval mode. x: our checkpoint or run folder; a published name, folder or file (the configuration
         is read off the tensors); a diffusers AutoencoderDC folder. download: a name may go to the hub."""
-        file, content = open_weights(x, FILES, HUB, download)
+        file, content = open_weights(x, download=download)
         try:
             ours = "kind" in content
             config, tensors, scale, info = read_ours(content) if ours else read_published(content, file)
@@ -682,11 +648,7 @@ def decode(data, at_least, only_large):
     if alpha:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return as_mode(image, "RGB")
-
-
-def as_mode(image, mode):
-    return image if image.mode == mode else image.convert(mode)
+    return image.convert("RGB")
 
 
 def eight_bits(transparent, raw):
@@ -709,12 +671,12 @@ def scale_grey(image, whites):
 
 def to_srgb(image, profile):
     """By its ICC profile -> RGB. Where that is broken, or for other kinds of pictures, as pillow converts."""
-    image = as_mode(image, {"LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+    image = image.convert({"LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
     if profile:
         with suppress(Exception):
             srgb = ImageCms.createProfile("sRGB")
             return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
-    return as_mode(image, "RGB")
+    return image.convert("RGB")
 
 
 def center_crop(image, size):
@@ -891,7 +853,130 @@ class ToyImages(Images):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Weight files: the only finder and readers of this repository
+# What every script needs of the system
+
+class InputError(SystemExit, ValueError):
+    """Bad input, in one line of less than 200 characters: in its middle a longer one is cut. As SystemExit it
+    ends a script with that line; as ValueError one catches it."""
+
+    def __init__(self, message):
+        message = str(message).split("\nae.InputError: ")[-1]           # below a loader process's traceback
+        line = " ".join(message.split())
+        super().__init__(line if len(line) < 200 else f"{line[:100]} ... {line[-90:]}")
+
+
+class Flags(argparse.ArgumentParser):
+    """Wrong flags end in one line, in every script."""
+
+    def error(self, message):
+        raise InputError(f"{' '.join(message.split())[:150]} (--help explains each flag)")
+
+
+def check_numbers(args, **limits):
+    """limits: flag=(lowest, highest), for a number or several; None, not given, is fine. InputError outside,
+    and for NaN."""
+    for flag, (low, high) in limits.items():
+        given = getattr(args, flag)
+        for number in given if isinstance(given, (list, tuple)) else [given]:
+            if number is not None and not low <= number <= high:
+                raise InputError(f"--{flag} {number}: must lie in {low:g} .. {high:g}")
+
+
+def check_device(device):
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError):                              # what torch raises
+        raise InputError(f"--device {device}: not on this machine; cpu always is") from None
+
+
+@contextmanager
+def writing(flag, path):
+    """Around what writes there: errors of the system, a full disk and the like, become one line."""
+    try:
+        yield
+    except OSError as e:
+        if e.strerror is None:                                          # not of the system
+            raise
+        raise InputError(f"{flag} {path}: {e}; make room there, or name another") from None
+
+
+def make_folder(path):
+    with writing("--out", path):
+        os.makedirs(path, exist_ok=True)
+    return path
+
+
+def lock(folder):
+    """Makes the folder this process's own until it ends, kill -9 included, or until the file that is returned
+    is closed. InputError where another process has it."""
+    file = open(Path(folder, ".lock"), "w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # a forked process does not hold it on
+    except OSError:
+        raise InputError(f"--out {folder}: another process is writing there; wait for it, or name another "
+                         "--out") from None
+    return file
+
+
+class Screen:
+    """In the place of stdout or stderr: a thread of its own writes, so that a pipe that nobody reads, or that
+    was closed, neither ends a run nor keeps a signal from it."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")                   # None: was closed from the start
+        self.last = "\n"
+        self.start()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.start)              # loader processes print too
+        atexit.register(self.drain)
+
+    def start(self):
+        self.texts = queue.Queue(10_000)
+        threading.Thread(target=self.pump, daemon=True).start()
+
+    def write(self, text):
+        self.last = text[-1:] or self.last
+        if not self.texts.full():
+            self.texts.put(text)
+
+    def flush(self):
+        pass
+
+    def pump(self):
+        while True:
+            data = self.texts.get().encode(self.stream.encoding, "replace")
+            try:
+                while data:
+                    data = data[os.write(self.stream.fileno(), data):]
+            except OSError:                                             # closed
+                pass
+            self.texts.task_done()
+
+    def drain(self, seconds=5):
+        end = time.time() + seconds
+        while self.texts.unfinished_tasks and time.time() < end:
+            time.sleep(0.01)
+
+    def __getattr__(self, name):                                        # isatty, fileno, encoding, ...
+        return getattr(self.stream, name)
+
+
+def script(main):
+    """main() as a command: Ctrl-C ends it in one line, and printing never holds it up."""
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    try:
+        main()
+    except BaseException as e:
+        if sys.stderr.last != "\n":                                     # a progress bar's line
+            sys.stderr.write("\n")
+        if isinstance(e, KeyboardInterrupt):
+            sys.exit("stopped by Ctrl-C")
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weight files: checkpoints and published weights
 
 FILES = ("ckpt.pt", "ckpt_prev.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
          "model.safetensors", "pytorch_model.bin", "model.pt", "*.index*.json", "*.safetensors")
@@ -936,7 +1021,7 @@ class Damaged(InputError):
     """A file of weights that was read, but holds something else."""
 
 
-def open_weights(x, names, hub, download=True):
+def open_weights(x, names=FILES, hub=HUB, download=True):
     """(file, its content) of what find_weights finds. Where a run's ckpt.pt is damaged, those of the
     ckpt_prev.pt beside it, with a line that says so."""
     file = find_weights(x, names, hub, download)
@@ -975,9 +1060,13 @@ def read_weights(file):
 def load_file(file):
     if file.suffix == ".safetensors":
         return import_safetensors().torch.load_file(file)
-    plain_zip = zipfile.is_zipfile(file) and verified(file)
+    stored = False                                                      # whether a memory map can read it
+    if zipfile.is_zipfile(file):
+        check_zip(file)
+        with zipfile.ZipFile(file) as z:
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in z.infolist())
     with torch.serialization.safe_globals([argparse.Namespace]):        # in DiT's and SiT's files
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=plain_zip)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=stored)
 
 
 def read_json(file):
@@ -998,9 +1087,9 @@ def plain_names(tensors):
     return {re.sub(r"^((module|model|_orig_mod)\.)+|_orig_mod\.", "", name): t for name, t in tensors.items()}
 
 
-def verified(file):
-    """Checks a zip by the digest that write_checkpoint left at its end, else by the zip's own sums, neither
-    of which torch.load does. True: nothing in it is compressed. ValueError: damaged."""
+def check_zip(file):
+    """By the digest that write_checkpoint left at its end, else by the zip's own sums, neither of which
+    torch.load does. ValueError: damaged."""
     with zipfile.ZipFile(file) as z, open(file, "rb") as f:
         f.seek(-2, os.SEEK_END)
         if z.comment or f.read() != bytes(2):                           # the length of a comment that was cut
@@ -1008,7 +1097,6 @@ def verified(file):
                 raise ValueError("another digest")
         elif z.testzip():
             raise ValueError("another checksum")
-        return all(member.compress_type == zipfile.ZIP_STORED for member in z.infolist())
 
 
 def write_checkpoint(content, file, keep=None):
@@ -1035,14 +1123,7 @@ def write_checkpoint(content, file, keep=None):
 
 def digest(file):
     """DIGEST + sha256, in hexadecimal, of all of the file but its last 64 bytes."""
-    h = hashlib.sha256()
-    left = os.path.getsize(file) - 64
-    with open(file, "rb") as f:
-        while left > 0:
-            block = f.read(min(left, 2**24))
-            h.update(block)
-            left -= len(block)
-    return DIGEST + h.hexdigest().encode()
+    return DIGEST + hashlib.sha256(np.memmap(file, mode="r")[:-64]).hexdigest().encode()
 
 
 def own_copy(t):
@@ -1062,7 +1143,7 @@ def import_safetensors():
 
 def read_checkpoint(path):
     """One of our own checkpoints (a dict with "kind"): a file, or the run folder that holds ckpt.pt."""
-    file, content = open_weights(path, FILES, HUB)
+    file, content = open_weights(path)
     if "kind" not in content:
         raise InputError(f"{file}: not a checkpoint of this repository, but perhaps published weights")
     return content
@@ -1118,7 +1199,7 @@ def read_ours(content):
     if content["kind"] != "ae":
         raise InputError(f"a {content['kind']} checkpoint, an autoencoder is needed here")
     info = {key: content[key] for key in ("image_size", "step", "channels") if key in content}
-    if not whole(info.get("image_size", 1), *info.get("channels", ())):
+    if not are_sizes(info.get("image_size", 1), *info.get("channels", ())):
         raise ValueError("its image_size or channels")
     tensors = plain_names(content.get("ema") or content["model"])
     return AEConfig(**content["config"]), tensors, content["scale"], info
@@ -1254,7 +1335,7 @@ class DiffusersKL(nn.Module):
         widths, depth = settings.get("block_out_channels", [64]), settings.get("layers_per_block", 1)
         try:
             from diffusers import AutoencoderKL
-            if not whole(*widths, depth) or len(widths) > 12 or max(*widths, 128 * depth) > 4096:
+            if not are_sizes(*widths, depth) or len(widths) > 12 or max(*widths, 128 * depth) > 4096:
                 raise ValueError(f"block_out_channels {widths}, layers_per_block {depth}")
             self.vae = AutoencoderKL.from_pretrained(x, use_safetensors=True)   # the others are pickles
             config = self.vae.config
@@ -1287,95 +1368,6 @@ def open_autoencoder(x, download=True):
         if kl and not download:
             raise InputError(NOT_YOURS.format(x))
     return DiffusersKL(x).eval() if kl else DCAE.from_pretrained(x, download)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What every script needs of the system
-
-@contextmanager
-def writing(flag, path):
-    """Around what writes there: errors of the system, a full disk and the like, become one line."""
-    try:
-        yield
-    except OSError as e:
-        if e.strerror is None:                                          # not of the system
-            raise
-        raise InputError(f"{flag} {path}: {e}; make room there, or name another") from None
-
-
-def make_folder(path):
-    with writing("--out", path):
-        os.makedirs(path, exist_ok=True)
-    return path
-
-
-def lock(folder):
-    """Makes the folder this process's own until it ends, kill -9 included, or until the file that is returned
-    is closed. InputError where another process has it."""
-    file = open(Path(folder, ".lock"), "w")
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # not inherited by loader processes
-    except OSError:
-        raise InputError(f"--out {folder}: another process is writing there; wait for it, or name another "
-                         "--out") from None
-    return file
-
-
-class Screen:
-    """In the place of stdout or stderr: a thread of its own writes, so that a pipe that nobody reads, or that
-    was closed, neither ends a run nor keeps a signal from it."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")                   # None: was closed from the start
-        self.last = "\n"
-        self.start()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.start)              # loader processes print too
-        atexit.register(self.drain)
-
-    def start(self):
-        self.texts = queue.Queue(10_000)
-        threading.Thread(target=self.pump, daemon=True).start()
-
-    def write(self, text):
-        self.last = text[-1:] or self.last
-        if not self.texts.full():
-            self.texts.put(text)
-
-    def flush(self):
-        pass
-
-    def pump(self):
-        while True:
-            data = self.texts.get().encode(self.stream.encoding, "replace")
-            try:
-                while data:
-                    data = data[os.write(self.stream.fileno(), data):]
-            except OSError:                                             # closed
-                pass
-            self.texts.task_done()
-
-    def drain(self, seconds=5):
-        end = time.time() + seconds
-        while self.texts.unfinished_tasks and time.time() < end:
-            time.sleep(0.01)
-
-    def __getattr__(self, name):                                        # isatty, fileno, encoding, ...
-        return getattr(self.stream, name)
-
-
-def script(main):
-    """main() as a command: Ctrl-C ends it in one line, and printing never holds it up."""
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
-    try:
-        main()
-    except BaseException as e:
-        if sys.stderr.last != "\n":                                     # a progress bar's line
-            sys.stderr.write("\n")
-        if isinstance(e, KeyboardInterrupt):
-            sys.exit("stopped by Ctrl-C")
-        raise
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -491,8 +491,8 @@ def training_loss(net, z, y, c_prime=None, t=None, noise=None, reduction="mean")
 # All keys of this repository:
 #   training   (seed, NOISE or TIME or DROP or MIRROR, n)     n: the sample's number in the run
 #   sampling   (seed, i, j)     i: the image's; j: 0 for pure noise, then the solver's j-th fresh noise
-# Those of the images 0 .. 3 are also training's; sampling learns nothing, so that does no harm. Other draws:
-# c' and data order (train_ae.py), crops and toy pictures (ae.py), random labels (sample.parse_classes).
+# Sampling's with i = 0 .. 3 are training's too, which is harmless: nothing is learned there. Other draws: c'
+# and data order (train_ae.py), crops and toy pictures (ae.py), random labels (sample.parse_classes).
 # A changed number changes every resumed run and every sample.
 
 NOISE, TIME, DROP, MIRROR = range(4)        # of z_t; t; whether the label is dropped; whether to mirror

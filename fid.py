@@ -492,7 +492,7 @@ class Exported:
 
 
 # torch.export.load unpickles parts of a file, evaluates its text and calls what it names. So it gets a copy:
-# tensors, and JSON whose texts are what they should be, by the keys beside them, else names with dots.
+# of tensors and JSON alone, in which each text must match the pattern of its key in TEXT, else -?[\w.]*.
 OPERATOR = (
     r"torch\.ops\.(aten|prims)\.(?!save\.|from_file\.|_?sparse)\w+\.[a-zA-Z]\w*|torch\._?sym_\w+|"
     r"torch\.ops\.higher_order\.(cond|wrap_with_(autocast|set_grad_enabled))|math\.[a-z]\w*|_operator\.(add|"

@@ -7,7 +7,7 @@
 Default solvers: DiT ddpm, 250 respaced steps; UViT dpm, 30 evaluations; SiT and USiT dopri5 (adaptive).
 Image i starts from, and uses, noise keyed by (seed, i) alone: batch size, ranks and devices change rounding,
 nothing else. With c' < c the solvers run in the first c' channels only; the network sees zeros behind them,
-as in training. A run that was ended before its end goes on by the same command.
+as in training. The same command goes on with a run that was cut off.
 
 Letters: b images, c latent channels, c' = c_prime kept ones, h w the latent's grid, H W pixels. Time t is the
 family's own (diffusion.py): SiT and USiT go from 0 (noise) to 1 (data), DiT from 999 to 0, UViT from 1000
@@ -51,7 +51,7 @@ def log_alpha(net, t):
     return torch.lerp(table[low], table[low + 1], i - low)
 
 
-def counted_from_0(net):
+def time_offset(net):
     """1 for DiT, whose discrete times are 0 .. 999; 0 for UViT, whose are 1 .. 1000."""
     return int(net.objective == "ddpm")
 
@@ -61,7 +61,7 @@ def flow_time(net, t):
     measured in it: the same interval then means the same noise levels in every family."""
     if net.objective == "flow":
         return t
-    alpha = log_alpha(net, (t.double() + counted_from_0(net)) / 1000).exp()
+    alpha = log_alpha(net, (t.double() + time_offset(net)) / 1000).exp()
     sigma = (1 - alpha**2).sqrt()
     return alpha / (alpha + sigma)
 
@@ -130,7 +130,7 @@ def dpm_nodes(net, steps):
     log_a = log_alpha(net, t)
     var = -torch.expm1(2 * log_a)                               # sigma^2 = 1 - alpha^2
     return SimpleNamespace(
-        t=(1000 * t - counted_from_0(net)).tolist(),
+        t=(1000 * t - time_offset(net)).tolist(),
         alpha=log_a.exp().tolist(),
         sigma=var.sqrt().tolist(),
         lam=(log_a - 0.5 * var.log()).tolist(),
@@ -242,7 +242,7 @@ DOPRI_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DOPRI_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
-def wide(values, x):
+def per_image(values, x):
     """(b,) -> (b, 1, 1, 1), in the precision of x."""
     return values.to(x.dtype).view(-1, 1, 1, 1)
 
@@ -270,7 +270,7 @@ def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6, smallest=1e-4):
     d0 = rms(x / scale)
     d1 = rms(k1 / scale)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    k2, _ = model(x + wide(h0, x) * k1, h0.to(x.dtype))
+    k2, _ = model(x + per_image(h0, x) * k1, h0.to(x.dtype))
     d2 = rms((k2 - k1) / scale) / h0
     h1 = (0.01 / torch.maximum(d1, d2).clamp(min=1e-9)) ** 0.2
     h = torch.minimum(100 * h0, h1)
@@ -280,12 +280,12 @@ def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6, smallest=1e-4):
         h = torch.where(last, 1 - t, h)
         slopes = [k1]
         for weights, node in zip(DOPRI, DOPRI_C):
-            x_new = x + wide(h, x) * weighted_sum(weights, slopes)
+            x_new = x + per_image(h, x) * weighted_sum(weights, slopes)
             k, _ = model(x_new, (t + node * h).to(x.dtype), rows)
             slopes.append(k)                                    # the last one is the next step's first
 
         # Is the step good enough?
-        error = wide(h, x) * weighted_sum(DOPRI_ERROR, slopes)
+        error = per_image(h, x) * weighted_sum(DOPRI_ERROR, slopes)
         ratio = rms(error / (atol + rtol * torch.maximum(x.abs(), x_new.abs())))
         worst = error.flatten(1).abs().amax(1) / (atol + rtol / 2 * rms(x_new))
         ratio = torch.maximum(ratio, worst)                     # [ours] and no entry far off
@@ -401,7 +401,7 @@ def checksum(*arrays):
     return crc or 1
 
 
-SPELLED = ("ckpt", "ae", "out", "toy")      # settings that mean the same in several spellings: others tell
+SPELLED = ("ckpt", "ae", "out", "toy")      # may be spelled otherwise: weights, ae_hash, scale tell
 
 
 class Unfinished:

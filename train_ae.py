@@ -9,9 +9,9 @@ Three phases (Decoupled High-Resolution Adaptation, DC-AE Sec. 3.3; 1.5 keeps it
     1 low-resolution full training        everything        L1 + LPIPS
     2 high-resolution latent adaptation   the middle        L1 + LPIPS
     3 low-resolution local refinement     the decoder head  L1 + LPIPS + PatchGAN
-The authors published neither losses, weights, channel list nor optimiser of this stage; every number below
-says where it comes from: [paper], [thread] mit-han-lab/efficientvit#143, [community] lavinal712/AutoencoderKL
-branch dc-ae, [ours]. A reader may stop at the rule "The machinery of both trainers".
+The authors published neither losses, weights, channel list nor optimiser of this stage; each number of the
+recipe says where it comes from: [paper], [thread] mit-han-lab/efficientvit#143, [community]
+lavinal712/AutoencoderKL branch dc-ae, [ours]. A reader may stop at the rule "The machinery of both trainers".
 Letters: B images of a batch, b of a micro-batch on a rank, H W pixels, c latent channels, c' = c_prime kept.
 """
 
@@ -122,7 +122,7 @@ class Adversary:
         self.guard = Guard(ranks.device)
 
     def weight(self, step):
-        """Of its verdict in the autoencoder's loss: none during the discriminator's warm-up."""
+        """Of the adversarial loss: none during the discriminator's warm-up."""
         return self.args.gan if step >= self.args.disc_warmup else 0.0
 
     def autoencoder_loss(self, rec):
@@ -154,6 +154,13 @@ class Adversary:
                              "name it by --init, and another --out")
         self.disc.load_state_dict(ckpt["disc"])
         self.opt.load_state_dict(ckpt["disc_optimizer"])
+
+
+def adversary_state(adversary):
+    """What a checkpoint holds of it, or that there is none."""
+    if adversary is None:
+        return {"disc": None, "disc_optimizer": None}
+    return {"disc": adversary.disc.state_dict(), "disc_optimizer": adversary.opt.state_dict()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -221,7 +228,7 @@ def train(args, ranks, config, ae):
     guard = Guard(ranks.device, ckpt, ae.buffers())             # skips non-finite steps; puts BatchNorm back
     ckpt = None                                                 # gives its memory back
     owed = run.owes(start_step, run.has("eval.jsonl", start_step), at_start=args.phase == 3)
-    if run.finished(start_step) and not owed:
+    if not owed and run.finished(start_step):
         return
     perceptual = open_perceptual(args, ranks) if args.lpips else None
     evaluation = Evaluation(args, ranks, config) if args.eval_every else None
@@ -229,7 +236,8 @@ def train(args, ranks, config, ae):
         evaluation.report(run, ema or ae, start_step)
 
     # The loop
-    stream = random_batch(args, ranks, config) if args.bench else batches(data, args, ranks, start_step)
+    shape = config.in_channels, args.size, args.size
+    stream = random_batch(args, ranks, *shape) if args.bench else batches(data, args, ranks, start_step)
     encoder_trains = any(p.requires_grad for p in ae.encoder.parameters())
     for step in run.steps(start_step):
         lr = set_lr(learning_rate(step, args), opt, adversary and adversary.opt)
@@ -270,11 +278,10 @@ def train(args, ranks, config, ae):
 
         done, stop = step + 1, run.stop                         # read once: a signal may come at any line
         if stop or run.due(done, args.save_every):
-            with trial(args, ranks):
-                rec, _ = forward(img, mask)                     # of the weights that would be saved
-            if run.sound(done, forward, rec, guard):
+            if run.may_save(done, guard, forward, img, mask):
                 z_square = ranks.mean(z_square)                 # ranks saw different images
-                save(run, done, ae, ema, opt, adversary, guard, z_square, must_match)
+                run.save("ae", done, ae, ema, opt, guard, **must_match, scale=float(z_square.rsqrt()),
+                         z_square=z_square.cpu(), **adversary_state(adversary))
         if stop:
             break
         if run.due(done, args.eval_every):
@@ -283,16 +290,6 @@ def train(args, ranks, config, ae):
     run.close()
     if args.bench:
         return run.bench_line(model_name(config), meta_cost(config, args)[0])
-
-
-def save(run, done, ae, ema, opt, adversary, guard, z_square, must_match):
-    model, optimizer = whole_state(ae, opt)
-    run.save({"kind": "ae", **must_match, "step": done, "model": model, "optimizer": optimizer,
-              "ema": whole_weights(ema, cpu=True) if ema else None,
-              "scale": float(z_square.rsqrt()), "z_square": z_square.cpu(),
-              "disc": adversary.disc.state_dict() if adversary else None,
-              "disc_optimizer": adversary.opt.state_dict() if adversary else None,
-              "skipped": int(guard.skipped)})
 
 
 def running_mean(z_square, step_z_square, step, taken):
@@ -308,13 +305,6 @@ def prepare(ae, args, ranks):
     if ranks.device.type == "cuda" and not args.fsdp:
         ae = ae.to(memory_format=torch.channels_last)
     return ae
-
-
-def random_batch(args, ranks, config):
-    """One batch of noise, for ever: --bench."""
-    b = args.batch_size // (ranks.size * args.accumulate)
-    img = torch.randn(b, config.in_channels, args.size, args.size, device=ranks.device).clamp(-1, 1)
-    return itertools.repeat((img, None))
 
 
 def open_perceptual(args, ranks):
@@ -364,9 +354,9 @@ def select_trainable(ae, phase, train):
 
 
 class Evaluation:
-    """Pictures that nothing trains on, rebuilt from the first c' channels: PSNR and SSIM on uint8 (data range
-    255), LPIPS and rFID where their weights are at hand. ADM crop, eval mode, fp32; ranks share the
-    pictures. --eval_only also says how well the latent tells classes apart (knn)."""
+    """Pictures of --val, else of --data in the evaluation crop (toy: others), rebuilt from the first c'
+    channels: PSNR and SSIM on uint8 (data range 255), LPIPS and rFID where their weights are at hand. In eval
+    mode and fp32; ranks share the pictures. --eval_only also says how well latents tell classes (knn)."""
 
     def __init__(self, args, ranks, config):
         self.args, self.ranks, self.config = args, ranks, config
@@ -422,7 +412,7 @@ class Evaluation:
         """[{c_prime, psnr, psnr_n, ssim, lpips, rfid, knn, n}, ...]; ae: in eval mode, whole on every rank.
         psnr_n: pictures of finite PSNR, over which psnr is the mean (None: there are none)."""
         ranks, mine = self.ranks, self.numbers[self.ranks.rank::self.ranks.size]
-        size = max(1, self.args.batch_size // (ranks.size * self.args.accumulate))
+        size = max(1, micro_batch(self.args, ranks))
         order = [mine[i:i + size] for i in range(0, len(mine), size)]
         scores, rfid = self.fitting()
         sums = torch.zeros(2, len(self.rows), len(scores), dtype=torch.float64, device=ranks.device)
@@ -439,7 +429,7 @@ class Evaluation:
             if rfid:
                 real.update(self.extractor(to_uint8(img))[0])
             for k, c_prime in enumerate(self.rows):
-                rec = ae.decode(z * channel_mask(self.config.c, c_prime, z.device))
+                rec = ae.decode(z[:, :c_prime])
                 values = torch.stack([score(img, rec) for score in scores.values()]).double()     # (scores,b)
                 finite = values.isfinite()                      # the PSNR of equal pictures is not
                 sums[0, k] += values.where(finite, 0.0).sum(1)
@@ -474,7 +464,7 @@ class Evaluation:
         numbers = evenly_spaced(self.data, 8)
         img = self.data.get_batch(numbers, numbers)[0].to(self.ranks.device)
         z = ae.encode(img)
-        recs = [ae.decode(z * channel_mask(self.config.c, c_prime, z.device)) for c_prime in self.rows]
+        recs = [ae.decode(z[:, :c_prime]) for c_prime in self.rows]
         titles = ["original"] + [f"c' = {c_prime}" for c_prime in self.rows]
         save_grid(to_uint8(torch.cat([img, *recs])), path, len(numbers), rows=titles)
 
@@ -506,7 +496,7 @@ class Evaluation:
 
 def knn_accuracy(features, labels, k=10, temperature=0.07):
     """(N,c), (N,) -> share of pictures whose class their k nearest others vote for, each with the weight
-    exp(cosine / temperature): structure as a number [DC-Gen's evaluation, facts/training_facts.md]."""
+    exp(cosine / temperature): structure as a number [DC-Gen's evaluation]."""
     unit = F.normalize(features.float(), dim=1)
     right = 0
     for i, rows in enumerate(unit.split(1000)):
@@ -564,8 +554,8 @@ def parse(argv=None):
     add("--version", choices=["1.5", "1.0"], help="network of DC-AE 1.5 or 1.0; without --init 1.5")
     add("--in_channels", type=int, help="of the images; without --init 3; others need a data set of yours")
     add("--width", type=int, help="base width of every stage; without --init 128, the published size")
-    add("--widths", type=whole_numbers, help="width of each stage, e.g. 16,32,64,64, in place of --width")
-    add("--depths", type=whole_numbers, help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
+    add("--widths", type=parse_ints, help="width of each stage, e.g. 16,32,64,64, in place of --width")
+    add("--depths", type=parse_ints, help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
     add("--shortcuts", action=argparse.BooleanOptionalAction, default=True,
         help="residual autoencoding shortcuts; off for the ablation")
     add("--channels", help="c' of Eq. 1: 16:128:4, 16,32,64 (given twice: drawn twice as often), or one "
@@ -577,10 +567,10 @@ def parse(argv=None):
         help="which tensors train; decoder leaves the encoder as it is")
     add("--lpips", type=float, help="weight of LPIPS-VGG [ours]; 0 with built-in images")
     add("--gan", type=float, help="weight of the PatchGAN hinge loss")
-    add("--disc_warmup", type=int, default=1000, help="steps before its verdict enters the loss [ours]")
+    add("--disc_warmup", type=int, default=1000, help="steps before the adversarial loss counts [ours]")
     add("--eval_only", action="store_true", help="evaluate --init or the run in --out: one row per c'")
     add("--eval_channels", help="rows of the evaluation; else doubling from the smallest c'")
-    add("--eval_num", type=int, help="images of an evaluation; else 1024 in training, all with --eval_only")
+    add("--eval_num", type=int, help="images; else 1024 in training, with --eval_only all (toy: 2048)")
     add("--inception", default="default", help="of rFID: default, random or a file, as in fid.py")
     add("--features", help="of rFID: another feature network, as in fid.py")
     p.set_defaults(steps=200_000, warmup=1000)                  # [ours]
@@ -592,10 +582,10 @@ def parse(argv=None):
     args = parse_flags(p, recipe, TOY, argv)
     if args.val and args.val != "toy" and not os.path.exists(args.val):
         raise InputError(f"--val {args.val}: no such folder")
-    size = (1, 2**16)                                           # of pictures and widths
-    check_numbers(args, image_size=size, f=size, c=size, width=size, widths=size, in_channels=size,
-                  depths=(0, 1000),
-                  disc_warmup=(0, COUNT), eval_num=(1, COUNT), lpips=(0, LARGE), gan=(0, LARGE))
+    size = (1, 2**16)                                           # of widths
+    check_numbers(args, image_size=(1, 2**13), f=size, c=size, width=size, widths=size, in_channels=size,
+                  depths=(0, 1000), disc_warmup=(0, COUNT), eval_num=(1, COUNT), lpips=(0, LARGE),
+                  gan=(0, LARGE))
     return args
 
 
@@ -654,7 +644,7 @@ def open_init(args):
         given, have = getattr(args, flag), getattr(ae.config, flag)
         if given not in (None, have):
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
-    toy = [whole_numbers(TOY[flag]) for flag in ("widths", "depths")] if args.toy else []
+    toy = [parse_ints(TOY[flag]) for flag in ("widths", "depths")] if args.toy else []
     for flag in ("width", "widths", "depths"):
         if getattr(args, flag) not in (None, *toy):
             raise InputError(f"--{flag}: {source} has its own; leave the flag out")
@@ -673,7 +663,7 @@ def config_of_flags(args):
                     encoder_depths=args.depths, decoder_depths=args.depths)
 
 
-def whole_numbers(text):
+def parse_ints(text):
     return tuple(int(n) for n in text.split(","))
 
 
@@ -919,9 +909,22 @@ class Stream(Dataset):
         return int(self.order[k])
 
 
+def random_batch(args, ranks, *shape):
+    """One micro-batch of noise and labels, for ever: --bench."""
+    b = micro_batch(args, ranks)
+    x = torch.randn(b, *shape, device=ranks.device)
+    y = torch.randint(1000, (b,), device=ranks.device)
+    return itertools.repeat((x, y))
+
+
+def micro_batch(args, ranks):
+    """Its size, on a rank."""
+    return args.batch_size // (ranks.size * args.accumulate)
+
+
 def sample_numbers(step, micro, args, ranks):
     """Global sample numbers of one micro-batch on this rank, the keys of all that is random in it."""
-    b = args.batch_size // (ranks.size * args.accumulate)
+    b = micro_batch(args, ranks)
     start = step * args.batch_size + (ranks.rank * args.accumulate + micro) * b
     return range(start, start + b)
 
@@ -1001,14 +1004,6 @@ def ema_update(ema, net, decay, warmup, step, taken):
         e.lerp_(p, rate.to(e.dtype))
     for e, b in zip(ema.buffers(), net.buffers()):              # BatchNorm's, which are averages themselves
         e.copy_(b)
-
-
-@contextmanager
-def trial(args, ranks):
-    """Around a forward pass that nothing is learned from, on the way to a checkpoint: nothing is compiled for
-    it."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(args, ranks):
-        yield
 
 
 class Guard:
@@ -1150,14 +1145,14 @@ class Run:
     def __init__(self, args, ranks):
         self.args, self.ranks = args, ranks
         self.signalled = self.stop = self.waits = False
-        self.lock = self.bar = self.saved = None                # saved: the step that ckpt.pt holds
+        self.lock = self.bar = self.wandb = self.saved = None   # saved: the step that ckpt.pt holds
         self.sums, self.facts, self.wait = {}, {}, 0.0          # since the last log line
         if ranks.is_main and not args.bench:
             self.lock = lock(make_folder(args.out))
-        self.wandb = None
-        if args.wandb and self.lock:
-            name = os.path.basename(os.path.abspath(args.out))
-            self.wandb = import_wandb().init(project=args.wandb, name=name, dir=args.out, config=vars(args))
+            if args.wandb:
+                name = os.path.basename(os.path.abspath(args.out))
+                self.wandb = import_wandb().init(project=args.wandb, name=name, dir=args.out,
+                                                 config=vars(args))
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, self.on_signal)
 
@@ -1276,10 +1271,14 @@ class Run:
         if self.lock:
             self.lock.close()
 
-    def sound(self, done, forward, output, guard):
-        """Whether a checkpoint may be written: its weights gave a finite output in trial(), and the last step
-        was taken. InputError where the run ends here. Undoes what the trial has moved."""
-        guard.restore()
+    def may_save(self, done, guard, forward, *inputs):
+        """Whether a checkpoint may be written: its weights give a finite output on these inputs, and the last
+        step was taken. InputError where the run ends here."""
+        # nothing is compiled for this pass
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(self.args, self.ranks):
+            output = forward(*inputs)
+        output = output[0] if isinstance(output, tuple) else output
+        guard.restore()                                         # BatchNorm's statistics
         if hasattr(forward, "reshard"):                         # FSDP2's root waits for a backward pass
             forward.reshard()
         finite = output.float().square().mean().isfinite().item()
@@ -1290,12 +1289,15 @@ class Run:
                              f"--dtype fp32); {self.where()}")
         return False
 
-    def save(self, state):
+    def save(self, kind, step, net, ema, opt, guard, **more):
+        model, optimizer = whole_state(net, opt)
+        average = whole_weights(ema, cpu=True) if ema else None
         if self.ranks.is_main:
-            path = f"{self.args.out}/ckpt.pt"
-            about = {"args": vars(self.args), "commit": commit(), "torch": str(torch.__version__)}
-            write_checkpoint(state | about, path, keep=f"{self.args.out}/ckpt_prev.pt")
-        self.saved = state["step"]
+            state = {"kind": kind, "step": step, "model": model, "ema": average, "optimizer": optimizer,
+                     **more, "skipped": int(guard.skipped), "args": vars(self.args), "commit": commit(),
+                     "torch": str(torch.__version__)}
+            write_checkpoint(state, f"{self.args.out}/ckpt.pt", keep=f"{self.args.out}/ckpt_prev.pt")
+        self.saved = step
         if self.ranks.size > 1:
             dist.barrier()
 

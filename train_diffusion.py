@@ -36,11 +36,10 @@ from ae import (InputError, check_numbers, evenly_spaced, file_size, fingerprint
 from diffusion import (DROP, MIRROR, MODELS, NOISE, TIME, build, draw_t, forward_macs, gaussian,
                        training_loss, uniform)
 from sample import checksum, generate, write
-from train_ae import (COUNT, LARGE, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
+from train_ae import (COUNT, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
                       draw_channels, ema_update, end_ranks, learning_rate, load, load_state, loss_names,
-                      parallel, parse_flags, print_estimate, sample_numbers, set_lr, settle_batch, shard,
-                      start_ranks, sync_gradients, training_channels, training_flags, trial, whole_state,
-                      whole_weights)
+                      parallel, parse_flags, print_estimate, random_batch, sample_numbers, set_lr,
+                      settle_batch, shard, start_ranks, sync_gradients, training_channels, training_flags)
 
 
 RECIPES = {  # defaults of the flags by family [DC-Gen projects/DC-AE.md @cae2205, batch 1024]
@@ -97,7 +96,7 @@ def train(args, ranks, ae, c, size):
     guard = Guard(ranks.device, ckpt)                           # skips non-finite steps
     ckpt = None                                                 # gives its memory back
     owed = run.owes(start_step, os.path.exists(preview_file(args, start_step)))
-    if run.finished(start_step) and not owed:
+    if not owed and run.finished(start_step):
         return
     latents = RANDOM if args.bench else cache_latents(args, ae, ranks, data)
     if reference:
@@ -106,7 +105,8 @@ def train(args, ranks, ae, c, size):
         evaluate(run, start_step, ema, ae, latents, reference)
 
     # The loop
-    stream = random_batch(args, ranks, c, size) if args.bench else batches(latents, args, ranks, start_step)
+    shape = c, size, size
+    stream = random_batch(args, ranks, *shape) if args.bench else batches(latents, args, ranks, start_step)
     for step in run.steps(start_step):
         lr = set_lr(learning_rate(step, args, WARMUP_START), opt)
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
@@ -129,12 +129,8 @@ def train(args, ranks, ae, c, size):
                 loss = training_loss(forward, z, y, c_prime, draw_t(net, u), noise, reduction="none")  # (b,)
             (loss.mean() / args.accumulate).backward()
 
-            loss = loss.detach().float()
             run.add(**dict.fromkeys(names, loss.mean()))
-            for quarter in range(4):                            # of the time axis
-                within = ((u * 4).long() == quarter).float()
-                mean = (loss * within).sum() / within.sum()         # nan where none is: add() leaves it out
-                run.add(within.sum(), **{f"loss_t{quarter}": mean})
+            add_quarters(run, loss.detach().float(), u)
 
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
         run.add(grad_norm=grad_norm)
@@ -143,10 +139,9 @@ def train(args, ranks, ae, c, size):
 
         done, stop = step + 1, run.stop                         # read once: a signal may come at any line
         if stop or run.due(done, args.save_every):
-            with trial(args, ranks):
-                output = forward(z, draw_t(net, u), y)          # of the weights that would be saved
-            if run.sound(done, forward, output, guard):
-                save(run, done, net, ema, opt, guard, latents, must_match)
+            if run.may_save(done, guard, forward, z, draw_t(net, u), y):
+                run.save("diffusion", done, net, ema, opt, guard, **must_match, scale=latents.scale,
+                         ae=absolute(args.ae))
         if stop:
             break
         if run.due(done, args.eval_every):
@@ -154,23 +149,20 @@ def train(args, ranks, ae, c, size):
                 evaluate(run, done, ema, ae, latents, reference)
     run.close()
     if args.bench:
-        return run.bench_line(args.model, forward_macs(net), latent=[c, size, size])
+        return run.bench_line(args.model, forward_macs(net), latent=list(shape))
 
 
-def save(run, done, net, ema, opt, guard, latents, must_match):
-    model, optimizer = whole_state(net, opt)
-    ae = run.args.ae
-    if os.path.exists(ae):                                      # else a name on a hub
-        ae = os.path.abspath(ae)
-    run.save({"kind": "diffusion",
-              **must_match,
-              "step": done,
-              "model": model,
-              "ema": whole_weights(ema, cpu=True),
-              "optimizer": optimizer,
-              "scale": latents.scale,
-              "ae": ae,
-              "skipped": int(guard.skipped)})
+def add_quarters(run, loss, u):
+    """To the log: the mean of loss (b,) in each quarter of the time axis, u (b,) in [0,1)."""
+    for quarter in range(4):
+        within = ((u * 4).long() == quarter).float()
+        mean = (loss * within).sum() / within.sum()             # nan where none is: add() leaves it out
+        run.add(within.sum(), **{f"loss_t{quarter}": mean})
+
+
+def absolute(x):
+    """A path, so that it is found from any folder; a name on a hub as it is."""
+    return os.path.abspath(x) if os.path.exists(x) else x
 
 
 def parameter_groups(net, weight_decay):
@@ -180,14 +172,6 @@ def parameter_groups(net, weight_decay):
         if p.requires_grad:
             (others if "norm.weight" in name or "bias" in name else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def random_batch(args, ranks, c, size):
-    """One batch of noise, for ever: --bench."""
-    b = args.batch_size // (ranks.size * args.accumulate)
-    z = torch.randn(b, c, size, size, device=ranks.device)
-    y = torch.randint(RANDOM.num_classes, (b,), device=ranks.device)
-    return itertools.repeat((z, y))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -173,8 +173,8 @@ def test_published_models_exactly(f, c, version, widths, encoder, decoder, param
 
 def test_the_default_is_f32c128_1_5_and_larger_f_repeats_the_last_stage():
     assert asdict(AEConfig()) == dict(
-        f=32, c=128, version="1.5", width=128, shortcuts=True, encoder_widths=W32, encoder_depths=(0, 5, 10, 4, 4, 4),
-        decoder_widths=W32, decoder_depths=(0, 5, 10, 4, 4, 4))
+        f=32, c=128, version="1.5", width=128, shortcuts=True, in_channels=3,
+        encoder_widths=W32, encoder_depths=(0, 5, 10, 4, 4, 4), decoder_widths=W32, decoder_depths=(0, 5, 10, 4, 4, 4))
     assert AEConfig(f=128).decoder_widths == (*W32, 1024, 1024) and AEConfig(f=128).encoder_depths[5:] == (4, 4, 4)
     assert AEConfig(f=256, version="1.0").encoder_widths == (*W32, 2048, 2048, 2048)
     assert AEConfig(f=8, width=12).encoder_widths == (12, 24, 48, 48)
