@@ -31,6 +31,7 @@ import threading
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -151,10 +152,10 @@ def parse_channels(text, c, flag="--channels"):
     return sorted(channels)
 
 
-def doubling(c, smallest):
-    """smallest, 2 smallest, 4 smallest, ..., c. Where smallest is c (no masks), from c / 8 on, or from 16
-    where that is less."""
-    k = smallest if smallest < c else min(16, max(1, c // 8))
+def doubling(c, smallest=None):
+    """smallest, 2 smallest, 4 smallest, ..., c. Without one, or where it is c (no masks): from c / 8 on, or
+    from 16 where that is less."""
+    k = smallest if smallest not in (None, c) else min(16, max(1, c // 8))
     channels = []
     while k < c:
         channels.append(k)
@@ -865,8 +866,18 @@ class InputError(SystemExit, ValueError):
         super().__init__(line if len(line) < 200 else f"{line[:100]} ... {line[-90:]}")
 
 
+class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Flags(argparse.ArgumentParser):
     """Wrong flags end in one line, in every script."""
+
+    def __init__(self, formatter_class=DefaultsHelp, **about):
+        super().__init__(formatter_class=formatter_class, **about)
 
     def error(self, message):
         raise InputError(f"{' '.join(message.split())[:150]} (--help explains each flag)")
@@ -880,6 +891,12 @@ def check_numbers(args, **limits):
         for number in given if isinstance(given, (list, tuple)) else [given]:
             if number is not None and not low <= number <= high:
                 raise InputError(f"--{flag} {number}: must lie in {low:g} .. {high:g}")
+
+
+def synchronized_time():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.time()
 
 
 def check_device(device):
@@ -898,6 +915,24 @@ def writing(flag, path):
         if e.strerror is None:                                          # not of the system
             raise
         raise InputError(f"{flag} {path}: {e}; make room there, or name another") from None
+
+
+def write(path, offset, data):
+    """Bytes into a file that is there; returns when it is on the disk. (Memory maps end in a signal where the
+    disk is full, and ranks lose each other's pages over NFS.)"""
+    with open(path, "r+b") as f:
+        f.seek(offset)
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def checksum(*arrays):
+    """CRC-32 of their bytes, one after the other; never 0."""
+    crc = 0
+    for x in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(x), crc)
+    return crc or 1
 
 
 def make_folder(path):

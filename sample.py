@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import time
-import zlib
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import diffusion
-from ae import (Flags, InputError, check_numbers, fingerprint, lock, make_folder, open_autoencoder, read_json,
-                save_grid, script, to_uint8, writing)
+from ae import (Flags, InputError, check_numbers, checksum, fingerprint, lock, make_folder, open_autoencoder,
+                read_json, save_grid, script, synchronized_time, to_uint8, write, writing)
 from diffusion import ddpm_schedule, gaussian, model_mean_log_var, vp_schedule
 
 TOY = dict(ckpt="out/toy-diffusion", out="out/toy-samples", guidance=2.0)   # what --toy sets
@@ -383,24 +382,6 @@ def generate(net, labels, guidance=1.0, interval=(0, 1), solver=None, steps=None
 # An unfinished run, in files of --out: whatever ends it, the same command goes on
 
 
-def write(path, offset, data):
-    """Bytes into a file that is there; returns when it is on the disk. (Memory maps end in a signal where the
-    disk is full, and ranks lose each other's pages over NFS.)"""
-    with open(path, "r+b") as f:
-        f.seek(offset)
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def checksum(*arrays):
-    """CRC-32 of their bytes, one after the other; never 0."""
-    crc = 0
-    for x in arrays:
-        crc = zlib.crc32(np.ascontiguousarray(x), crc)
-    return crc or 1
-
-
 SPELLED = ("ckpt", "ae", "out", "toy")      # may be spelled otherwise: weights, ae_hash, scale tell
 
 
@@ -544,22 +525,22 @@ def parse(argv):
     add("--model", choices=[*diffusion.FAMILIES, *diffusion.MODELS], metavar="MODEL",
         help="what published tensors cannot say: UViT, USiT, USiT-H, ...")
     add("--ae", help="another autoencoder than the one named in the checkpoint (its decoder fine-tuned, say)")
-    add("--n", type=int, default=100, help="number of pictures (100)")
+    add("--n", type=int, default=100, help="number of pictures")
     add("--classes",
         help="all, random, or names, numbers, ranges: cat,7,10-19. Default: all, beyond 100 pictures random")
     add("--guidance", type=float, default=1.0,
-        help="classifier-free guidance on all channels. Default: 1, none; 2 with --toy")
+        help="classifier-free guidance on all channels; 1: none")
     add("--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"),
         help="guide only at signal / (signal + noise) in LO .. HI")
     add("--solver", choices=SOLVERS, help="default: DiT ddpm, UViT dpm, SiT and USiT dopri5")
     add("--steps", type=int, help="solver steps (dpm: evaluations); for flows without --solver: of heun")
     add("--c_prime", type=int,
         help="sample and decode the first c' channels only; the grid shows full pictures below them")
-    add("--batch_size", type=int, default=50, help="pictures at a time, per rank (50)")
-    add("--seed", type=int, default=0, help="of the noise and of random labels (0)")
+    add("--batch_size", type=int, default=50, help="pictures at a time, per rank")
+    add("--seed", type=int, default=0, help="of the noise and of random labels")
     add("--out", help="folder for samples.png, .npz, .json. Default: `samples` in the run folder")
     add("--dtype", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
-        help="of the denoiser (bf16 on CUDA, else fp32); the decoder runs in fp32 [DC-Gen]")
+        help="of the denoiser; the decoder runs in fp32 [DC-Gen]")
     add("--bench", action="store_true",
         help="only time one batch: images/s of denoiser and decoder, one JSON line")
     if parser.parse_known_args(argv)[0].toy:
@@ -607,19 +588,14 @@ def open_models(args, device):
     return net, ae, net.info.get("scale") or ae.scale
 
 
-def bench(sample_latents, to_pixels, index, device):
+def bench(sample_latents, to_pixels, index):
     """Images per second of the denoiser, of the decoder, and of both, after one batch of warm-up."""
-    def clock():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     to_pixels(sample_latents(index))
-    start = clock()
+    start = synchronized_time()
     z = sample_latents(index)
-    sampled = clock()
+    sampled = synchronized_time()
     to_pixels(z)
-    decoded = clock()
+    decoded = synchronized_time()
     return dict(
         denoiser_img_per_s=len(index) / (sampled - start),
         decoder_img_per_s=len(index) / (decoded - sampled),
@@ -678,7 +654,7 @@ def main(argv=None):
         return torch.cat([to_pixels(sample_latents(index, None), None) for index in batches])
 
     if args.bench:
-        speed = bench(sample_latents, to_pixels, torch.arange(min(args.batch_size, args.n)), device)
+        speed = bench(sample_latents, to_pixels, torch.arange(min(args.batch_size, args.n)))
         about = {"model": net.config["name"], **speed, "torch": str(torch.__version__)}
         print(json.dumps({**vars(args), **about}))
         return

@@ -53,7 +53,7 @@ from tqdm import tqdm
 import fid
 from ae import (DCAE, HUB, AEConfig, Flags, InputError, channel_mask, check_numbers, doubling,
                 evenly_spaced, lock, make_folder, open_images, open_weights, parse_channels, save_grid,
-                script, to_uint8, write_checkpoint, writing)
+                script, synchronized_time, to_uint8, write_checkpoint, writing)
 
 PHASES = {  # defaults of the flags. lr, betas, weight decay: [community]; sizes: [paper]; GAN weight: [ours]
     1: dict(image_size=[256], lr=6.4e-5, betas=(0.9, 0.999), weight_decay=0.1, gan=0.0),
@@ -419,7 +419,7 @@ class Evaluation:
         real, fake = fid.Moments(), [fid.Moments() for _ in self.rows]
         knn = self.args.eval_only and self.data.num_classes > 1 and len(self.numbers) > 10
         features, labels = [], []
-        stream = load(Stream(self.data), order, self.args.workers, ranks.device)
+        stream = loader(Stream(self.data), order, self.args.workers, ranks.device)
         for img, y in tqdm(stream, desc="evaluating", unit="batch", disable=not ranks.is_main, leave=False):
             img = img.to(ranks.device)
             z = ae.encode(img)
@@ -768,18 +768,10 @@ def end_ranks():
 # --- Flags ------------------------------------------------------------------------------------------------
 
 
-class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default of each flag that has one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def training_flags(description):
     """Flags of both trainers. A default of None is filled by the recipe, or by what the text says."""
     cuda = torch.cuda.is_available()
-    p = Flags(description=description, usage="%(prog)s [--flag value ...]   (--help explains each)",
-              formatter_class=DefaultsHelp)
+    p = Flags(description=description, usage="%(prog)s [--flag value ...]   (--help explains each)")
     add = p.add_argument
     add("--toy", action="store_true", help="small preset that a CPU trains in minutes; flags beside it win")
     add("--data", default="toy", help="folder of class folders or flat (unconditional), a .zip of it, or toy")
@@ -863,7 +855,7 @@ def training_channels(args, c, ranks, known=None):
     elif known:
         channels = known
     else:
-        channels = doubling(c, c) if args.toy else parse_channels(None, c)
+        channels = doubling(c) if args.toy else parse_channels(None, c)
     if channels[-1] < c:
         ranks.print0(f"--channels ends at {channels[-1]} of {c}: the channels behind it never train")
     return channels
@@ -933,11 +925,11 @@ def batches(data, args, ranks, start_step):
     """Yields (x, y) micro-batches on the device, from step `start_step` on."""
     steps, micros = range(start_step, args.steps), range(args.accumulate)
     order = (sample_numbers(step, micro, args, ranks) for step in steps for micro in micros)
-    for x, y in load(Stream(data, args.seed), order, args.workers, ranks.device):
+    for x, y in loader(Stream(data, args.seed), order, args.workers, ranks.device):
         yield x.to(ranks.device, non_blocking=True), y.to(ranks.device, non_blocking=True)
 
 
-def load(dataset, order, workers, device):
+def loader(dataset, order, workers, device):
     """DataLoader of ready batches, read ahead by `workers` processes; order: iterable of lists of sample
     numbers."""
     if workers:
@@ -997,11 +989,11 @@ def autocast(args, ranks):
 def ema_update(ema, net, decay, warmup, step, taken):
     """ema <- ema + (1 - d) (net - ema), d = decay (1 - exp(-step / warmup)), step from 1 [DC-Gen: 0.9999,
     2000]. `taken` is 0.0 on the device where the step was skipped."""
+    average, weights = list(ema.parameters()), list(net.parameters())
+    if is_sharded(net):                                         # FSDP2: each rank its own shards
+        average, weights = [e.to_local() for e in average], [p.to_local() for p in weights]
     rate = (1 - decay * (1 - math.exp(-step / warmup))) * taken
-    for e, p in zip(ema.parameters(), net.parameters()):
-        if hasattr(p, "to_local"):                              # FSDP2: each rank its own shard
-            e, p = e.to_local(), p.to_local()
-        e.lerp_(p, rate.to(e.dtype))
+    torch._foreach_lerp_(average, weights, [rate.to(average[0].dtype)] * len(weights))
     for e, b in zip(ema.buffers(), net.buffers()):              # BatchNorm's, which are averages themselves
         e.copy_(b)
 
@@ -1421,7 +1413,7 @@ def draw_curves(folder):
     panels = {title: names for title, names in panels.items() if names}
     figure = Figure((6 * len(panels), 4), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for name in panels[title]:
+        for name in sorted(panels[title], key=lambda name: int("0" + re.sub(r"\D", "", name))):
             axes.plot(*zip(*curves[name]), label=name)
         axes.set(title=title, xlabel="step")
         axes.legend()
@@ -1442,12 +1434,6 @@ def step_of(line):
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, LookupError, TypeError):
         return math.inf
-
-
-def synchronized_time():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.time()
 
 
 def commit():

@@ -31,13 +31,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fid
-from ae import (InputError, check_numbers, evenly_spaced, file_size, fingerprint, lock, open_autoencoder,
-                open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8, writing)
+from ae import (InputError, check_numbers, checksum, evenly_spaced, file_size, fingerprint, lock,
+                open_autoencoder, open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8,
+                write, writing)
 from diffusion import (DROP, MIRROR, MODELS, NOISE, TIME, build, draw_t, forward_macs, gaussian,
                        training_loss, uniform)
-from sample import checksum, generate, write
+from sample import generate
 from train_ae import (COUNT, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
-                      draw_channels, ema_update, end_ranks, learning_rate, load, load_state, loss_names,
+                      draw_channels, ema_update, end_ranks, learning_rate, load_state, loader, loss_names,
                       parallel, parse_flags, print_estimate, random_batch, sample_numbers, set_lr,
                       settle_batch, shard, start_ranks, sync_gradients, training_channels, training_flags)
 
@@ -357,7 +358,7 @@ def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
     chunks = {k: numbers[k * CHUNK:(k + 1) * CHUNK] for k in range(ranks.rank, len(done), ranks.size)
               if not done[k]}
     order = [rows[i:i + batch_size] for rows in chunks.values() for i in range(0, len(rows), batch_size)]
-    stream = iter(load(Stream(data), order, args.workers, ranks.device))
+    stream = iter(loader(Stream(data), order, args.workers, ranks.device))
     bar = tqdm(total=sum(map(len, order)), desc="caching latents", unit="img", dynamic_ncols=True,
                disable=not ranks.is_main or not chunks)
     for k, rows in chunks.items():

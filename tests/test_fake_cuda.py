@@ -158,7 +158,7 @@ def test_the_evaluation(vgg):
     evaluation.scores["lpips"] = vgg
     in_turn = lambda dataset, order, workers, device: [dataset[numbers] for numbers in order]
     zeros = lambda t: [0.0] * len(t) if t.dim() == 1 else [zeros(row) for row in t]
-    with fake_cuda(), mock.patch("train_ae.load", in_turn), mock.patch.object(FakeTensor, "tolist", zeros):
+    with fake_cuda(), mock.patch("train_ae.loader", in_turn), mock.patch.object(FakeTensor, "tolist", zeros):
         with FakeTensorMode(allow_non_fake_inputs=False), all_finite, outputs_of(nn.Conv2d) as seen:
             vgg.to(CUDA)
             table = evaluation.table(ae_file.DCAE(config).to(CUDA).eval())
