@@ -210,43 +210,30 @@ def ssim(a, b):
 
 class Moments:
     """Mean (D,) and unbiased covariance (D, D) of features, in float64 sums, batch by batch."""
-
-    def __init__(self):
-        self.n = 0
-        self.sum = None
-        self.outer = None
+    n = total = outer = 0
 
     def update(self, features):                                 # (B, D)
         device = "cpu" if features.device.type == "mps" else features.device    # mps has no float64
         x = features.detach().to(device).double()
-        if self.sum is None:
-            self.sum = x.new_zeros(x.shape[1])
-            self.outer = x.new_zeros(x.shape[1], x.shape[1])
         self.n += len(x)
-        self.sum += x.sum(0)
-        self.outer.addmm_(x.T, x)
+        self.total = self.total + x.sum(0)
+        self.outer = self.outer + x.T @ x
 
     def reduce(self):
-        """Adds up all ranks, in place."""
-        if ranks()[1] == 1:
-            return
-        d = max(gather(0 if self.sum is None else len(self.sum)))
-        if self.sum is None:                                    # a rank without images
-            self.update(torch.zeros(0, d, device="cuda" if dist.get_backend() == "nccl" else "cpu"))
-        dist.all_reduce(self.sum)
-        dist.all_reduce(self.outer)
-        self.n = sum(gather(self.n))
+        """Adds up all ranks, in place; a rank without images adds 0."""
+        mine = self.n, torch.as_tensor(self.total).cpu(), torch.as_tensor(self.outer).cpu()
+        self.n, self.total, self.outer = (sum(parts) for parts in zip(*gather(mine)))
 
     @property
     def mean(self):
-        return self.sum / self.n
+        return self.total / self.n
 
     @property
     def cov(self):
         if self.n < 2:
             raise InputError("one image has no covariance: "
                              "statistics need at least 2, thousands to mean much")
-        return (self.outer - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
+        return (self.outer - torch.outer(self.total, self.total) / self.n) / (self.n - 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
