@@ -870,7 +870,8 @@ class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Says the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        plain = action.default is None or action.default is False
+        return action.help if plain else super()._get_help_string(action)
 
 
 class Flags(argparse.ArgumentParser):
