@@ -201,7 +201,7 @@ def main(argv=None):
 
 
 def train(args, ranks, config, ae):
-    data = None if args.bench else open_images(args.data, args.size, train=True, seed=args.seed)
+    data = None if args.bench else open_data(args, config)
     run = Run(args, ranks)
 
     # The network, and what trains it
@@ -296,6 +296,14 @@ def running_mean(z_square, step_z_square, step, taken):
     """Over about the last 100 steps that were taken [ours]."""
     moved = torch.lerp(z_square, step_z_square, max(0.01, 1 / (step + 1)))
     return torch.where(taken > 0, moved, z_square)
+
+
+def open_data(args, config):
+    data = open_images(args.data, args.size, train=True, seed=args.seed)
+    channels = len(data[0][0])
+    if channels != config.in_channels:
+        raise InputError(f"--in_channels {config.in_channels}: those of --data {args.data} have {channels}")
+    return data
 
 
 def prepare(ae, args, ranks):
