@@ -300,9 +300,8 @@ def running_mean(z_square, step_z_square, step, taken):
 
 def open_data(args, config):
     data = open_images(args.data, args.size, train=True, seed=args.seed)
-    channels = len(data[0][0])
-    if channels != config.in_channels:
-        raise InputError(f"--in_channels {config.in_channels}: those of --data {args.data} have {channels}")
+    if config.in_channels != 3 and config.in_channels != len(data[0][0]):
+        raise InputError(f"--in_channels {config.in_channels}: --data {args.data} has {len(data[0][0])}")
     return data
 
 

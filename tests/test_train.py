@@ -920,7 +920,7 @@ def test_flags_that_would_be_ignored_are_refused_or_named(tmp_path, toy_ae, caps
     refused(f"{AE} --eval_every 1 --features {tmp_path}/none.pt2 --steps 1", "--features", "none.pt2")
     refused(f"{AE} --val {tmp_path}/none --steps 1", f"--val {tmp_path}/none")
     refused(f"{AE} --eval_every 1 --eval_channels nan --steps 1", "--eval_channels nan")
-    refused(f"{AE} --in_channels 5 --steps 1", "--in_channels 5", "--data toy have 3")
+    refused(f"{AE} --in_channels 5 --steps 1", "--in_channels 5", "--data toy has 3")
     (tmp_path / "empty").mkdir()
     refused(f"{AE} --data {tmp_path}/empty --lpips 0 --steps 1", "empty: no images")
     with pytest.raises(InputError, match="f0c128: no such checkpoint"):
