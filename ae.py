@@ -458,7 +458,7 @@ def open_images(path, size, train=False, seed=0):
         raise InputError(f"--image_size {size}: must lie in 1 .. {2**13}")
     if str(path) == "toy":
         return ToyImages(size, train)
-    if not os.path.isdir(path) and not (str(path).endswith(".zip") and os.path.isfile(path)):
+    if not holds_images(path):
         raise InputError(f"--data {path}: no such folder or .zip (images, or one folder per class; or toy)")
     return ImageFolder(path, size, train, seed)
 
@@ -534,6 +534,11 @@ class ImageFolder(Images):
                 print(text, file=sys.stderr)
         raise InputError(f"--data {self.path}: {k + 1} images in a row cannot be read, from "
                          f"{os.path.basename(self.files[i])} on; repair or remove them")
+
+
+def holds_images(path):
+    """Whether it is a folder, or a .zip of one."""
+    return os.path.isdir(path) or str(path).endswith(".zip") and os.path.isfile(path)
 
 
 def list_images(path):
@@ -648,8 +653,8 @@ def decode(data, at_least, only_large):
     image = to_srgb(image, profile)
     if alpha:
         image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image
 
 
 def eight_bits(transparent, raw):
@@ -672,11 +677,11 @@ def scale_grey(image, whites):
 
 def to_srgb(image, profile):
     """By its ICC profile -> RGB. Where that is broken, or for other kinds of pictures, as pillow converts."""
-    image = image.convert({"LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
     if profile:
         with suppress(Exception):
+            plain = image.convert({"LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
             srgb = ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
+            return ImageCms.profileToProfile(plain, io.BytesIO(profile), srgb, outputMode="RGB")
     return image.convert("RGB")
 
 
@@ -1098,8 +1103,8 @@ def load_file(file):
         return import_safetensors().torch.load_file(file)
     stored = False                                                      # whether a memory map can read it
     if zipfile.is_zipfile(file):
-        check_zip(file)
         with zipfile.ZipFile(file) as z:
+            check_zip(z, file)
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in z.infolist())
     with torch.serialization.safe_globals([argparse.Namespace]):        # in DiT's and SiT's files
         return torch.load(file, map_location="cpu", weights_only=True, mmap=stored)
@@ -1123,16 +1128,17 @@ def plain_names(tensors):
     return {re.sub(r"^((module|model|_orig_mod)\.)+|_orig_mod\.", "", name): t for name, t in tensors.items()}
 
 
-def check_zip(file):
+def check_zip(z, file):
     """By the digest that write_checkpoint left at its end, else by the zip's own sums, neither of which
     torch.load does. ValueError: damaged."""
-    with zipfile.ZipFile(file) as z, open(file, "rb") as f:
+    with open(file, "rb") as f:
         f.seek(-2, os.SEEK_END)
-        if z.comment or f.read() != bytes(2):                           # the length of a comment that was cut
-            if z.comment != digest(file):
-                raise ValueError("another digest")
-        elif z.testzip():
-            raise ValueError("another checksum")
+        end = f.read()
+    if z.comment or end != bytes(2):                                    # the length of a comment that was cut
+        if z.comment != digest(file):
+            raise ValueError("another digest")
+    elif z.testzip():
+        raise ValueError("another checksum")
 
 
 def write_checkpoint(content, file, keep=None):
@@ -1143,6 +1149,8 @@ def write_checkpoint(content, file, keep=None):
     try:
         torch.save(content, part)
     except RuntimeError as e:
+        if "inline_container" not in str(e):                            # torch's writer of zips
+            raise
         Path(part).unlink(missing_ok=True)
         raise OSError(errno.ENOSPC, "could not be written to its end; is the disk full?", part) from e
     with zipfile.ZipFile(part, "a") as z:

@@ -38,8 +38,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ae import (Flags, InputError, Unreadable, center_crop, check_device, check_numbers, left_out,
-                list_images, open_images, patiently, read_image, read_weights, script, to_uint8, writing)
+from ae import (Flags, InputError, Unreadable, center_crop, check_device, check_numbers, holds_images,
+                left_out, list_images, open_images, patiently, read_image, read_weights, script, to_uint8,
+                writing)
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -614,7 +615,7 @@ class ImageSet(torch.utils.data.Dataset):
         if self.path == "toy":
             self.kind = "toy"
             self.data = open_images("toy", image_size or 32)
-        elif os.path.isdir(path) or self.path.endswith(".zip"):
+        elif holds_images(path):
             self.kind = "folder"
             found, others = list_images(self.path)
             self.data = sorted(file for file, _ in found)

@@ -370,8 +370,7 @@ class Evaluation:
         self.rows = doubling(config.c, args.channels[0])
         if args.eval_channels:
             self.rows = sorted(set(args.eval_channels))
-        self.scores = {"psnr": lambda img, rec: fid.psnr(to_uint8(img), to_uint8(rec)),
-                       "ssim": lambda img, rec: fid.ssim(to_uint8(img), to_uint8(rec))}
+        self.scores = {"psnr": fid.psnr, "ssim": fid.ssim}      # of pixels; lpips: of img
         self.extractor = None
         self.open(args.size)
         asked = args.eval_only or args.features or args.inception != "default"
@@ -433,16 +432,20 @@ class Evaluation:
             if knn:
                 features.append(z.mean((2, 3)).cpu())           # (b,c)
                 labels.append(y)
+            pixels = to_uint8(img)
             if rfid:
-                real.update(self.extractor(to_uint8(img))[0])
+                real.update(self.extractor(pixels)[0])
             for k, c_prime in enumerate(self.rows):
                 rec = ae.decode(z[:, :c_prime])
-                values = torch.stack([score(img, rec) for score in scores.values()]).double()     # (scores,b)
+                rec_pixels = to_uint8(rec)
+                values = [score(img, rec) if name == "lpips" else score(pixels, rec_pixels)
+                          for name, score in scores.items()]
+                values = torch.stack(values).double()           # (scores,b)
                 finite = values.isfinite()                      # the PSNR of equal pictures is not
                 sums[0, k] += values.where(finite, 0.0).sum(1)
                 sums[1, k] += finite.sum(1)
                 if rfid:
-                    fake[k].update(self.extractor(to_uint8(rec))[0])
+                    fake[k].update(self.extractor(rec_pixels)[0])
         if ranks.size > 1:
             dist.all_reduce(sums)
             for moments in (real, *fake) if rfid else ():
@@ -1418,6 +1421,8 @@ def draw_curves(folder):
     panels = {title: [name for name in curves if re.fullmatch(pattern, name)]
               for title, pattern in PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        return
     figure = Figure((6 * len(panels), 4), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for name in sorted(panels[title], key=lambda name: int("0" + re.sub(r"\D", "", name))):

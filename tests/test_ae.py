@@ -980,6 +980,14 @@ def test_a_checkpoint_ends_in_the_sha256_of_all_before(tmp_path):
     assert read_checkpoint(tmp_path / "ckpt_prev.pt")["step"] == 1
 
 
+def test_only_the_writers_own_error_is_called_a_full_disk(tmp_path, monkeypatch):
+    def out_of_memory(*args):
+        raise RuntimeError("CUDA error: out of memory")
+    monkeypatch.setattr(torch, "save", out_of_memory)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        A.write_checkpoint({}, tmp_path / "ckpt.pt")
+
+
 def test_any_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
     whole, file = write_run(tmp_path), tmp_path / "x.pt"
     rng = np.random.default_rng(0)

@@ -807,6 +807,10 @@ def test_folders_take_images_of_all_modes_and_nothing_else(sets, tiny, capsys, t
     zipped = shutil.make_archive(tmp_path / "grey", "zip", folder)
     same, _ = run(capsys, zipped, sets.flat, *flags)
     assert (same["n"], same["fid"], same["samples_hash"]) == (7, out["fid"], out["samples_hash"])
+    start = time.time()
+    with pytest.raises(InputError, match="none.zip"):
+        fid.ImageSet(tmp_path / "none.zip")
+    assert time.time() - start < 5                              # it is not waited for like a folder that went away
 
     jpegs = [save_folder(tmp_path / suffix, sets.a, suffix) for suffix in ("jpg", "JPEG")]
     decoded = torch.stack([torch.from_numpy(np.array(Image.open(Path(jpegs[0], f"{i:04}.jpg")))) for i in range(29)])

@@ -2018,6 +2018,8 @@ def test_curves_show_what_the_logs_hold(tmp_path, toy_cache, monkeypatch):
     scores = [[row["psnr"] for row in line["table"]] for line in log(tmp_path / "a", "eval")]
     lines = {line.get_label(): line.get_ydata() for line in figures[1].axes[2].lines}
     assert [list(lines[f"psnr_c{k}"]) for k in (2, 4, 8)] == [list(column) for column in zip(*scores)]
+    train_ae.draw_curves(tmp_path)                                # no logs: no picture
+    assert not (tmp_path / "curves.png").exists()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)         # not installed: no picture
     stage1(f"{AE} --eval_every 2 --eval_num 2 --steps 2 --out {tmp_path}/b")
     assert not (tmp_path / "b" / "curves.png").exists() and (tmp_path / "b" / "recon_0000002.png").exists()
