@@ -1003,8 +1003,8 @@ class Screen:
         return getattr(self.stream, name)
 
 
-def script(main):
-    """main() as a command: Ctrl-C ends it in one line, and printing never holds it up."""
+def script(main, then=""):
+    """main() as a command: Ctrl-C ends it in one line, `then` at its end, and printing never holds it up."""
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     try:
         main()
@@ -1012,7 +1012,7 @@ def script(main):
         if sys.stderr.last != "\n":                                     # a progress bar's line
             sys.stderr.write("\n")
         if isinstance(e, KeyboardInterrupt):
-            sys.exit("stopped by Ctrl-C")
+            sys.exit("stopped by Ctrl-C" + then)
         raise
 
 
@@ -1072,8 +1072,12 @@ def open_weights(x, names=FILES, hub=HUB, download=True):
     except Damaged as e:
         if file.name != "ckpt.pt" or not before.exists():
             raise
-        print(f"{str(e)[:110]}; using {before}", file=sys.stderr)
-        return before, read_weights(before)
+        try:
+            content = read_weights(before)
+        except Damaged as worse:
+            raise Damaged(f"{e}; {worse}") from None
+        print(f"{str(e)[:110]}; using {before}, of step {content.get('step')}", file=sys.stderr)
+        return before, content
 
 
 def read_weights(file):

@@ -708,4 +708,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, then="; the same command goes on")

@@ -1032,15 +1032,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys, m
         for x in (tmp_path, tmp_path / "ckpt.pt"):
             assert read_checkpoint(x)["step"] == 1
             line, = capsys.readouterr().err.splitlines()
-            assert "ckpt.pt: truncated, damaged" in line and line.endswith(f"using {tmp_path / 'ckpt_prev.pt'}")
+            assert "ckpt.pt: truncated, damaged" in line
+            assert line.endswith(f"using {tmp_path / 'ckpt_prev.pt'}, of step 1")
             got = DCAE.from_pretrained(x)
             assert got.info["step"] == 1 and same_tensors(got, small(seed=1))
             assert len(capsys.readouterr().err.splitlines()) == 1
         assert (tmp_path / "ckpt.pt").read_bytes() == data              # set aside by the trainer alone
     before = (tmp_path / "ckpt_prev.pt").read_bytes()
-    (tmp_path / "ckpt_prev.pt").write_bytes(before[:-100])              # both: both are named
-    one_line(lambda: read_checkpoint(tmp_path), "ckpt_prev.pt: truncated, damaged", folder=tmp_path)
-    assert "ckpt.pt: truncated, damaged" in capsys.readouterr().err
+    (tmp_path / "ckpt_prev.pt").write_bytes(before[:-100])              # both: both are named, in one line
+    one_line(lambda: read_checkpoint(tmp_path), "/ckpt.pt", "ckpt_prev.pt: truncated, damaged", folder=tmp_path)
+    assert capsys.readouterr().err == ""
     (tmp_path / "ckpt_prev.pt").write_bytes(before)
     (tmp_path / "ckpt.pt").unlink()
     assert read_checkpoint(tmp_path)["step"] == 1                       # a kill between the two renamings

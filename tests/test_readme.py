@@ -116,11 +116,13 @@ def test_the_five_forks_apply_and_train(tmp_path):
     for line in (f"train_ae.py --data fields.npy --in_channels 5 --lpips 0 --toy {small} --out ae",
                  f"train_diffusion.py --ae ae --data fields.npy {diffusion} --out d5",
                  f"train_diffusion.py --ae unshuffle --data toy --image_size 32 {diffusion} --out d",
-                 "sample.py --ckpt d5 --n 2 --solver euler --steps 2 --out s5"):
+                 "sample.py --ckpt d5 --n 2 --solver euler --steps 2 --out s5",
+                 "sample.py --ckpt d --n 2 --solver euler --steps 2 --out s"):
         script, *flags = line.split()
         result = subprocess.run([sys.executable, tmp_path / script, *flags], cwd=tmp_path,
                                 capture_output=True, text=True)
         assert result.returncode == 0, (line, result.stderr[-1500:])
+    assert np.load(tmp_path / "s" / "samples.npz")["arr_0"].shape == (2, 32, 32, 3)
     assert np.load(tmp_path / "s5" / "samples.npz")["arr_0"].shape == (2, 32, 32, 5)
     assert (tmp_path / "d" / "samples_0000002.png").exists()
     with Image.open(tmp_path / "ae" / "recon_0000002.png") as shown:            # fields 0, 1, 2 as red, green, blue

@@ -878,7 +878,7 @@ def test_a_second_run_is_refused_and_a_signal_ends_the_first(run_folder, tmp_pat
     if number == signal.SIGINT:
         assert os.waitstatus_to_exitcode(status) == 1
         said = (tmp_path / "errors").read_text()
-        assert "stopped by Ctrl-C" in said and "Traceback" not in said
+        assert "stopped by Ctrl-C; the same command goes on" in said and "Traceback" not in said
     else:
         assert os.waitstatus_to_exitcode(status) == -number
     assert 0 < np.count_nonzero(np.fromfile(marks, np.uint32)) < 6
