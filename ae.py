@@ -8,8 +8,8 @@ What DC-AE 1.5 (arXiv 2508.00413) adds to DC-AE (arXiv 2410.10733):
 
     img (B,3,H,W) --encode--> z (B,c,H/f,W/f) --first c'--> z (B,c',H/f,W/f) --decode--> img (B,3,H,W)
 
-Letters: B batch, H W pixels, f spatial compression, c latent channels, c' = c_prime kept ones, h heads,
-N = H*W tokens. `img` is always float in [-1,1]; `pixels` are uint8 (B,H,W,3), an `image` is PIL's.
+Letters: B batch, H W pixels, f spatial compression, c latent channels, c' = c_prime kept ones, h heads, N
+tokens (pixels of a map). `img` is always float in [-1,1]; `pixels` are uint8 (B,H,W,3), an `image` is PIL's.
 Sources: [paper] arXiv 2508.00413, [DC-Gen file] the authors' code @cae2205, [ours] chosen or measured here.
 
     ae = DCAE.from_pretrained("out/my_run")     # or a published name, folder or file, or diffusers' folder
@@ -135,9 +135,10 @@ def channel_mask(c, c_prime, device=None):
 
 
 def parse_channels(text, c, flag="--channels"):
-    """"16:128:4" (from 16 in steps of 4, none above 128), "16,32,64" or "64" -> sorted list; None -> 16, 20,
-    ..., c [paper], where c itself always counts.
-    A number given twice stays twice: c' is drawn uniformly, so "16,32,64,64" takes 64 half of the time."""
+    """Text -> sorted list of c'. InputError: not in 1 .. c.
+        "16:128:4"     from 16 in steps of 4, none above 128
+        "16,32,64,64"  these; a number given twice is drawn twice as often
+        None           16, 20, ..., c [paper], where c itself always counts"""
     if text is None:
         return [*range(16, c, 4), c]
     try:
@@ -153,13 +154,14 @@ def parse_channels(text, c, flag="--channels"):
 
 
 def doubling(c, smallest=None):
-    """smallest, 2 smallest, 4 smallest, ..., c. Without one, or where it is c (no masks): from c / 8 on, or
-    from 16 where that is less."""
-    k = smallest if smallest not in (None, c) else min(16, max(1, c // 8))
+    """smallest, 2 smallest, 4 smallest, ..., c. Without one, or where it is c (no masks): from c / 8 or 16
+    on, whichever is less."""
+    if smallest in (None, c):
+        smallest = min(16, max(1, c // 8))
     channels = []
-    while k < c:
-        channels.append(k)
-        k *= 2
+    while smallest < c:
+        channels.append(smallest)
+        smallest *= 2
     return channels + [c]
 
 
@@ -423,8 +425,9 @@ class DCAE(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Images: folders and files
 
-Image.preinit()                                                         # the common formats, tried first,
-Image.init()                                                            # and all others; EPS runs Ghostscript
+Image.preinit()                                                         # the common formats, tried first
+Image.init()                                                            # and all others
+# EPS runs Ghostscript; the others pillow knows by name, but does not decode
 FORMATS = [kind for kind in Image.ID if kind not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")]
 SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
 warnings.filterwarnings("ignore", module="PIL")                         # of sizes and of odd metadata
@@ -453,7 +456,8 @@ def patiently(call, path):
 
 def open_images(path, size, train=False, seed=0):
     """A folder, a .zip of it, or "toy" -> Dataset of (img (3, size, size), label); .num_classes, .classes.
-    train: random crops and mirrors, drawn from `seed`. InputError: no folder, or no readable image in it."""
+    train: random crops and mirrors, drawn from `seed`; of toy images the training set. InputError: no folder,
+    or no readable image in it."""
     if not 1 <= size <= 2**13:
         raise InputError(f"--image_size {size}: must lie in 1 .. {2**13}")
     if str(path) == "toy":
@@ -564,10 +568,12 @@ def walk(path):
     for root, folders, names in os.walk(path, onerror=stop, followlinks=True):
         label = os.path.relpath(root, path).split(os.sep)[0]
         place = os.path.realpath(root)
-        again = {(label, place), (".", place)} & entered
+        if (label, place) in entered or (".", place) in entered:
+            folders.clear()
+            continue
         entered.add((label, place))
-        folders[:] = sorted(name for name in folders if name[0] != "." and not again)
-        files += [(os.path.join(root, name), label) for name in sorted(names) if name[0] != "." and not again]
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        files += [(os.path.join(root, name), label) for name in sorted(names) if name[0] != "."]
     return files
 
 
@@ -599,7 +605,8 @@ def in_zip(file):
 
 def file_size(file):
     if member := in_zip(file):
-        return member[0].getinfo(member[1]).file_size
+        archive, name = member
+        return archive.getinfo(name).file_size
     return os.stat(file).st_size
 
 
@@ -611,7 +618,8 @@ def left_out(others):
 def read_bytes(file):
     """What a file, also one in a .zip, holds; a named pipe nothing, where a read would wait for ever."""
     if member := in_zip(file):
-        return member[0].read(member[1])
+        archive, name = member
+        return archive.read(name)
     nonblock = getattr(os, "O_NONBLOCK", 0)                             # Windows has none
     with open(file, "rb", opener=lambda name, flags: os.open(name, flags | nonblock)) as f:
         return f.read()
@@ -635,11 +643,11 @@ def decode(data, at_least, only_large):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    limit = 2 * (limit or math.inf)                                     # where pillow refuses
-    if at_least and (not only_large or image.width * image.height > limit):
+    most = 2 * (limit or math.inf)                                      # where pillow refuses
+    if at_least and (not only_large or image.width * image.height > most):
         image.draft(None, (at_least, at_least))
-    if image.width * image.height > limit:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {limit}")
+    if image.width * image.height > most:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {most}")
     profile = image.info.get("icc_profile")
     grey16 = ";" in image.mode or image.mode == "I" and image.format in ("PNG", "PPM")
     if image.format == "PNG" and "transparency" in image.info:
@@ -1135,10 +1143,11 @@ def plain_names(tensors):
 def check_zip(z, file):
     """By the digest that write_checkpoint left at its end, else by the zip's own sums, neither of which
     torch.load does. ValueError: damaged."""
+    # A plain zip ends in two zero bytes: no comment. Ours ends in one, the digest, its length before it.
     with open(file, "rb") as f:
         f.seek(-2, os.SEEK_END)
         end = f.read()
-    if z.comment or end != bytes(2):                                    # the length of a comment that was cut
+    if z.comment or end != bytes(2):
         if z.comment != digest(file):
             raise ValueError("another digest")
     elif z.testzip():
@@ -1233,7 +1242,8 @@ NAMES = (
 OURS, OFFICIAL, DIFFUSERS = range(3)                                    # columns of both tables
 NUMBERS = r"(stages|blocks)\.(\d{1,4})(\.op_list|)\.(\d{1,4})"
 
-# Scaling factors of published names [DC-Gen c2icore], 1.5 in both orders that were used; others have none
+# Scaling factors of published names [DC-Gen c2icore], 1.5 in both orders that were used; of others it is
+# measured when their latents are cached
 SCALES = {
     "dc-ae-f32c32-in-1.0": 0.3189,
     "dc-ae-f64c128-in-1.0": 0.2889,

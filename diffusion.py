@@ -75,7 +75,7 @@ def build(name, c, size, num_classes=1000, patch=1, **overrides):
     heads; with all three of them the name may be a family's. InputError: there is no such network."""
     known = list(MODELS)
     if set(SETTINGS) <= set(overrides):
-        known += FAMILIES
+        known += list(FAMILIES)
     if name not in known:
         raise InputError(f"unknown model '{name}' (--model): one of {' '.join(MODELS)}")
     for setting in overrides:
@@ -120,9 +120,10 @@ def check_dims(name, c, grid, num_classes, patch, depth, hidden, heads):
         raise InputError(f"{name}: hidden {hidden} must be divisible by 4 and heads {heads}")
     if name.startswith("U") and depth % 2:
         raise InputError(f"{name}: depth {depth} must be even, half before and half after the middle")
-    rows = 12 * depth * hidden + grid[0] * grid[1] // patch**2 + num_classes + 3 * c * patch**2
-    if depth > DEEPEST or rows * hidden > LARGEST:
-        raise InputError(f"{name}: depth {depth}, {rows * hidden:.0e} weights: the most are {DEEPEST} and "
+    tokens = grid[0] * grid[1] // patch**2
+    weights = hidden * (12 * depth * hidden + tokens + num_classes + 3 * c * patch**2)      # about
+    if depth > DEEPEST or weights > LARGEST:
+        raise InputError(f"{name}: depth {depth}, {weights:.0e} weights: the most are {DEEPEST} and "
                          f"{LARGEST:g}; take a smaller network")
 
 
@@ -476,7 +477,7 @@ def training_loss(net, z, y, c_prime=None, t=None, noise=None, reduction="mean")
     z_t, target = noised(net, z, noise, t)
     out = net(z_t, t, y).to(z.dtype)
     pred = out[:, :c]
-    # DC-AE 1.5 Eq. (2): || m * target - m * net(m * z_t, t, y) ||^2
+    # DC-AE 1.5 Eq. (2): || m * target - m * net(m * z_t, t, y) ||^2 (z_t is masked, as z and noise are)
     loss = (m * target - m * pred) ** 2
     if net.objective == "ddpm":                                         # eps is detached: this trains v alone
         loss = loss + m * variational_term(z, z_t, t, pred.detach(), out[:, c:])
@@ -487,6 +488,7 @@ def training_loss(net, z, y, c_prime=None, t=None, noise=None, reduction="mean")
 
 # ------------------------------------------------------------------------------------------------------------
 # Random numbers that depend on a key alone (seed, step, image, ...): the same on any device, rank, batch size
+# (gaussian's log and cos: up to rounding)
 #
 # All keys of this repository:
 #   training   (seed, NOISE or TIME or DROP or MIRROR, n)     n: the sample's number in the run
@@ -499,17 +501,18 @@ NOISE, TIME, DROP, MIRROR = range(4)        # of z_t; t; whether the label is dr
 
 
 def random_bits(rows, n, key, device):
-    """(rows, n) int64. A tensor (rows,) in the key keys each row; with ints alone, rows are counted on."""
+    """(rows, n) int64. A tensor (rows,) in the key keys each row; with ints alone the numbers run on from row
+    to row."""
     tensors = [k for k in key if torch.is_tensor(k)]
     if device is None:
         device = tensors[0].device if tensors else "cpu"
-    state = torch.zeros(rows if tensors else 1, 1, dtype=torch.int64, device=device)
+    streams, length = (rows, n) if tensors else (1, rows * n)
+    state = torch.zeros(streams, 1, dtype=torch.int64, device=device)
     for k in key:
         if torch.is_tensor(k):
             k = k.to(device).view(-1, 1)
         state = splitmix64(state ^ k)
-    numbers = torch.arange(n if tensors else rows * n, device=device)
-    return splitmix64(state, numbers).view(rows, n)
+    return splitmix64(state, torch.arange(length, device=device)).view(rows, n)
 
 
 def uniform(n, *key, device=None):

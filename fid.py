@@ -24,6 +24,7 @@ import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -152,7 +153,7 @@ def precision_recall(real, fake, k=3, rows=None):
         for i in range(0, len(a), rows):
             scale = norm_a[i:i + rows, None] + norm_b
             d = torch.addmm(scale, a[i:i + rows], b.T, alpha=-2)
-            # Two images closer than fp32's rounding of features, 1e-5 of their length count as one
+            # Images closer than fp32's rounding of features (1e-5 of their length) count as one
             yield d.masked_fill_(d < 1e-10 * scale, 0)
 
     def radius(a):                                              # (len(a),), squared; + 1: the point itself
@@ -1033,7 +1034,8 @@ def main(argv=None):
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     if torchrun:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        backend = "nccl" if args.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))       # ranks wait while one decodes
     rank, world = ranks()
 
     def print0(line):

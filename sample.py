@@ -288,14 +288,14 @@ def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6, smallest=1e-4):
         ratio = rms(error / (atol + rtol * torch.maximum(x.abs(), x_new.abs())))
         worst = error.flatten(1).abs().amax(1) / (atol + rtol / 2 * rms(x_new))
         ratio = torch.maximum(ratio, worst)                     # [ours] and no entry far off
-        lost = ~ratio.isfinite()                                # a network that says NaN ends here
-        ok = (ratio <= 1) | (h < smallest) | lost
+        nonfinite = ~ratio.isfinite()                           # a network that says NaN ends here
+        ok = (ratio <= 1) | (h < smallest) | nonfinite
 
         taken = ok.view(-1, 1, 1, 1)
         x = torch.where(taken, x_new, x)
         k1 = torch.where(taken, slopes[-1], k1)
         t = torch.where(ok, t + h, t)
-        t = torch.where(lost | (ok & last), 1.0, t)
+        t = torch.where(nonfinite | (ok & last), 1.0, t)
         factor = 0.9 * ratio.clamp(min=1e-10) ** -0.2
         h = h * torch.where(ok, factor.clamp(1, 10), factor.clamp(0.2, 1))
 
@@ -382,7 +382,7 @@ def generate(net, labels, guidance=1.0, interval=(0, 1), solver=None, steps=None
 # An unfinished run, in files of --out: whatever ends it, the same command goes on
 
 
-SPELLED = ("ckpt", "ae", "out", "toy")      # may be spelled otherwise: weights, ae_hash, scale tell
+NOT_COMPARED = ("ckpt", "ae", "out", "toy")     # paths: what lies there is, as weights, ae_hash and scale
 
 
 class Unfinished:
@@ -404,11 +404,11 @@ class Unfinished:
         wanted = json.loads(text)
         held = read_json(self.settings)
         begun = held and self.done.is_file() and any(self.done.read_bytes())
-        others = [name for name in wanted if name not in SPELLED and held.get(name) != wanted[name]]
+        others = [name for name in wanted if name not in NOT_COMPARED and held.get(name) != wanted[name]]
         if begun and others:
             raise InputError(f"--out {self.out}: an unfinished run of another {', '.join(others)}; end it "
                              "with its own flags, or remove samples.part.* in there")
-        if not begun or not self.drawn():
+        if not begun or not self.verified():
             self.allocate()
             self.done.write_bytes(bytes(4 * self.batches))
             new = self.out / "samples.part.tmp"
@@ -430,7 +430,7 @@ class Unfinished:
             raise InputError(f"--out {self.out}: {2 * size:,} bytes are needed there, {free:,} are free; "
                              "make room, or name another --out") from None
 
-    def drawn(self):
+    def verified(self):
         """Whether there are batches to go on with. Those that are damaged lose their mark."""
         sizes = [os.path.getsize(file) if file.is_file() else 0 for file in (self.pixels, self.done)]
         if sizes != [math.prod(self.shape), 4 * self.batches]:
@@ -645,18 +645,19 @@ def main(argv=None):
                 net, labels[index], guidance=args.guidance, interval=args.interval, solver=args.solver,
                 steps=args.steps, seed=args.seed, c_prime=c_prime, index=index)
 
-    def to_pixels(z, c_prime=args.c_prime):                     # -> uint8 (b, H, W, 3)
+    def to_pixels(z):                                           # -> uint8 (b, H, W, 3)
         with torch.no_grad():
-            return to_uint8(ae.decode(z[:, :c_prime] / scale)).cpu()
+            return to_uint8(ae.decode(z / scale)).cpu()
 
     def full_pictures(count):                                   # -> uint8 (count, H, W, 3), all channels
         batches = torch.arange(count).split(args.batch_size)
-        return torch.cat([to_pixels(sample_latents(index, None), None) for index in batches])
+        return torch.cat([to_pixels(sample_latents(index, None)) for index in batches])
 
     if args.bench:
         speed = bench(sample_latents, to_pixels, torch.arange(min(args.batch_size, args.n)))
         about = {"model": net.config["name"], **speed, "torch": str(torch.__version__)}
-        print(json.dumps({**vars(args), **about}))
+        if rank == 0:
+            print(json.dumps({**vars(args), **about}))
         return
 
     out = output_folder(args)
@@ -676,7 +677,7 @@ def main(argv=None):
                 "device": device.type,
             }
             part.open(settings)
-            missing = min(args.n, len(part.left()) * args.batch_size)
+            to_draw = min(args.n, len(part.left()) * args.batch_size)
         if world > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
             dist.barrier()
@@ -693,7 +694,7 @@ def main(argv=None):
         about = {
             **settings,
             "ranks": world,
-            "img_per_s": missing / (time.perf_counter() - start),
+            "img_per_s": to_draw / (time.perf_counter() - start),
             "torch": str(torch.__version__),
         }
         pixels = part.save(labels)

@@ -51,7 +51,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
-from ae import (DCAE, HUB, AEConfig, Flags, InputError, channel_mask, check_numbers, doubling,
+from ae import (DCAE, AEConfig, Flags, InputError, channel_mask, check_numbers, doubling,
                 evenly_spaced, lock, make_folder, open_images, open_weights, parse_channels, save_grid,
                 script, synchronized_time, to_uint8, write_checkpoint, writing)
 
@@ -61,7 +61,7 @@ PHASES = {  # defaults of the flags. lr, betas, weight decay: [community]; sizes
     3: dict(image_size=[256], lr=5.4e-5, betas=(0.5, 0.9), weight_decay=0.0, gan=0.1),
 }
 TRAINABLE = {  # phase: tensors that train, as the papers' "middle" and "head" layers are read here [ours]
-    1: r"",
+    1: r".*",
     2: r"encoder\.project_out|decoder\.project_in",
     3: r"decoder\.project_out",
 }
@@ -91,8 +91,8 @@ class LPIPS(nn.Module):
     def forward(self, img, rec):
         metric, distance = self.metric, 0.0
         with torch.autocast(img.device.type, enabled=False):
-            features = (metric.net(metric.scaling_layer(x.float())) for x in (img, rec))
-            for a, b, linear in zip(*features, metric.lins):    # (B,C,h,w) of each layer
+            of_img, of_rec = (metric.net(metric.scaling_layer(x.float())) for x in (img, rec))
+            for a, b, linear in zip(of_img, of_rec, metric.lins):           # (B,C,h,w) of each layer
                 a, b = (x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10) for x in (a, b))
                 distance = distance + linear((a - b).square()).mean((1, 2, 3))
         return distance
@@ -131,17 +131,12 @@ class Adversary:
         self.disc.requires_grad_(True)
         return loss
 
-    def own_loss(self, img, rec):
+    def discriminator_loss(self, img, rec):
+        """-> its own loss, terms for the log."""
         real, fake = self.disc(torch.cat([img, rec.detach()])).chunk(2)
         # hinge loss (Lim & Ye 2017): real logits above 1, fake logits below -1
         loss = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
         return loss, {"d": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-
-    def backward(self, img, rec):
-        """-> terms for the log."""
-        loss, terms = self.own_loss(img, rec)
-        (loss / self.args.accumulate).backward()
-        return terms
 
     def step(self):
         for p in self.params:
@@ -149,18 +144,11 @@ class Adversary:
         self.guard.step(self.opt, self.params, self.args.clip)
 
     def load(self, ckpt):
-        if not ckpt["disc"]:
+        if not ckpt.get("disc"):
             raise InputError(f"--gan: the run in {self.args.out} has no discriminator; "
                              "name it by --init, and another --out")
         self.disc.load_state_dict(ckpt["disc"])
         self.opt.load_state_dict(ckpt["disc_optimizer"])
-
-
-def adversary_state(adversary):
-    """What a checkpoint holds of it, or that there is none."""
-    if adversary is None:
-        return {"disc": None, "disc_optimizer": None}
-    return {"disc": adversary.disc.state_dict(), "disc_optimizer": adversary.opt.state_dict()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -215,9 +203,10 @@ def train(args, ranks, config, ae):
     params = [p for p in ae.parameters() if p.requires_grad]
     opt = adamw(params, args.lr, args.betas, args.weight_decay)
     adversary = Adversary(args, ranks, config.in_channels) if args.gan else None
+    optimizers = [opt, adversary.opt] if adversary else [opt]
 
-    # Where the run stands
-    start_step, z_square = 0, torch.tensor(1 / ae.scale**2, device=ranks.device)    # mean z^2 = 1 / scale^2
+    # Where the run stands. z_square: running mean of z^2; a checkpoint's scale is 1 / its root
+    start_step, z_square = 0, torch.tensor(1 / ae.scale**2, device=ranks.device)
     must_match = dict(config=asdict(config), phase=args.phase, train=args.train, image_size=args.size,
                       channels=args.channels)
     if ckpt := run.resume("ae", **must_match):
@@ -240,7 +229,7 @@ def train(args, ranks, config, ae):
     stream = random_batch(args, ranks, *shape) if args.bench else batches(data, args, ranks, start_step)
     encoder_trains = any(p.requires_grad for p in ae.encoder.parameters())
     for step in run.steps(start_step):
-        lr = set_lr(learning_rate(step, args), opt, adversary and adversary.opt)
+        lr = set_lr(learning_rate(step, args), *optimizers)
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
         mask = channel_mask(config.c, c_prime, ranks.device)    # (1,c,1,1): c' ones, then zeros
         names = loss_names(config.c, args.channels, c_prime)     # loss, loss_c<bin>
@@ -262,7 +251,9 @@ def train(args, ranks, config, ae):
             (loss / args.accumulate).backward()
 
             if adversary:                                       # the other player's turn
-                terms |= adversary.backward(img, rec)
+                d_loss, d_terms = adversary.discriminator_loss(img, rec)
+                (d_loss / args.accumulate).backward()
+                terms |= d_terms
             step_z_square = step_z_square + z2 / args.accumulate
             run.add(**dict.fromkeys(names, loss), **terms)
 
@@ -270,18 +261,19 @@ def train(args, ranks, config, ae):
         run.add(grad_norm=grad_norm)
         if adversary:
             adversary.step()
-            run.facts["gan_weight"] = adversary.weight(step)
         if ema:
             ema_update(ema, ae, args.ema, args.ema_warmup, step + 1, taken)
         z_square = running_mean(z_square, step_z_square, step, taken * encoder_trains)
-        run.log(step, guard, lr=lr, c_prime=c_prime)
+        facts = {"gan_weight": adversary.weight(step)} if adversary else {}
+        run.log(step, guard, lr=lr, c_prime=c_prime, **facts)
 
         done, stop = step + 1, run.stop                         # read once: a signal may come at any line
         if stop or run.due(done, args.save_every):
             if run.may_save(done, guard, forward, img, mask):
                 z_square = ranks.mean(z_square)                 # ranks saw different images
                 run.save("ae", done, ae, ema, opt, guard, **must_match, scale=float(z_square.rsqrt()),
-                         z_square=z_square.cpu(), **adversary_state(adversary))
+                         z_square=z_square.cpu(), disc=adversary and adversary.disc.state_dict(),
+                         disc_optimizer=adversary and adversary.opt.state_dict())
         if stop:
             break
         if run.due(done, args.eval_every):
@@ -292,10 +284,10 @@ def train(args, ranks, config, ae):
         return run.bench_line(model_name(config), meta_cost(config, args)[0])
 
 
-def running_mean(z_square, step_z_square, step, taken):
-    """Over about the last 100 steps that were taken [ours]."""
+def running_mean(z_square, step_z_square, step, counts):
+    """Mean of z^2 over about the last 100 steps that count [ours]."""
     moved = torch.lerp(z_square, step_z_square, max(0.01, 1 / (step + 1)))
-    return torch.where(taken > 0, moved, z_square)
+    return torch.where(counts > 0, moved, z_square)
 
 
 def open_data(args, config):
@@ -345,7 +337,7 @@ def select_trainable(ae, phase, train):
     """Freeze all but the tensors that --phase and --train name; returns their names. BatchNorm of a frozen
     stage stays in eval mode, so that its statistics do not move; elsewhere it counts the batches of all
     ranks."""
-    pattern = {"phase": TRAINABLE[phase], "all": r"", "decoder": r"decoder\."}[train]
+    pattern = {"phase": TRAINABLE[phase], "all": r".*", "decoder": r"decoder\."}[train]
     for name, p in ae.named_parameters():
         p.requires_grad_(re.match(pattern, name) is not None)
     ae.train()
@@ -363,7 +355,8 @@ def select_trainable(ae, phase, train):
 class Evaluation:
     """Pictures of --val, else of --data in the evaluation crop (toy: others), rebuilt from the first c'
     channels: PSNR and SSIM on uint8 (data range 255), LPIPS and rFID where their weights are at hand. In eval
-    mode and fp32; ranks share the pictures. --eval_only also says how well latents tell classes (knn)."""
+    mode and fp32 (TF32 on CUDA); ranks share the pictures. --eval_only: also how well latents tell classes
+    (knn)."""
 
     def __init__(self, args, ranks, config):
         self.args, self.ranks, self.config = args, ranks, config
@@ -408,7 +401,7 @@ class Evaluation:
         smallest = {"psnr": 1, "ssim": 11, "lpips": 31}         # px: SSIM's window, AlexNet's strides
         fitting = {name: score for name, score in self.scores.items() if self.size >= smallest[name]}
         few = self.extractor is not None and len(self.numbers) < 2
-        left_out = [*(self.scores.keys() - fitting), *(["rfid"] if few else [])]
+        left_out = [name for name in self.scores if name not in fitting] + ["rfid"] * few
         if left_out:
             self.ranks.print0(f"left out for {len(self.numbers)} pictures of {self.size} px: {left_out}")
         return fitting, self.extractor is not None and not few
@@ -418,10 +411,11 @@ class Evaluation:
         """[{c_prime, psnr, psnr_n, ssim, lpips, rfid, knn, n}, ...]; ae: in eval mode, whole on every rank.
         psnr_n: pictures of finite PSNR, over which psnr is the mean (None: there are none)."""
         ranks, mine = self.ranks, self.numbers[self.ranks.rank::self.ranks.size]
-        size = max(1, micro_batch(self.args, ranks))
-        order = [mine[i:i + size] for i in range(0, len(mine), size)]
+        b = max(1, micro_batch(self.args, ranks))
+        order = [mine[i:i + b] for i in range(0, len(mine), b)]
         scores, rfid = self.fitting()
         sums = torch.zeros(2, len(self.rows), len(scores), dtype=torch.float64, device=ranks.device)
+        totals, counts = sums                                   # one all_reduce takes both
         real, fake = fid.Moments(), [fid.Moments() for _ in self.rows]
         knn = self.args.eval_only and self.data.num_classes > 1 and len(self.numbers) > 10
         features, labels = [], []
@@ -442,8 +436,8 @@ class Evaluation:
                           for name, score in scores.items()]
                 values = torch.stack(values).double()           # (scores,b)
                 finite = values.isfinite()                      # the PSNR of equal pictures is not
-                sums[0, k] += values.where(finite, 0.0).sum(1)
-                sums[1, k] += finite.sum(1)
+                totals[k] += values.where(finite, 0.0).sum(1)
+                counts[k] += finite.sum(1)
                 if rfid:
                     fake[k].update(self.extractor(rec_pixels)[0])
         if ranks.size > 1:
@@ -456,7 +450,7 @@ class Evaluation:
         table = []
         for k, c_prime in enumerate(self.rows):
             row = {"c_prime": c_prime}
-            for name, total, count in zip(scores, *sums[:, k].tolist()):
+            for name, total, count in zip(scores, totals[k].tolist(), counts[k].tolist()):
                 row[name] = total / count if count else None
                 if name == "psnr":
                     row["psnr_n"] = int(count)
@@ -478,7 +472,7 @@ class Evaluation:
         titles = ["original"] + [f"c' = {c_prime}" for c_prime in self.rows]
         save_grid(to_uint8(torch.cat([img, *recs])), path, len(numbers), rows=titles)
 
-    def show(self, table):
+    def as_text(self, table):
         names = [name for name in table[0] if name not in ("c_prime", "psnr_n", "n")]
         lines = [f"reconstruction at {self.size} px, {len(self.numbers)} images"]
         if self.extractor:
@@ -498,8 +492,8 @@ class Evaluation:
         if self.ranks.is_main:
             self.picture(eval_ae, path)
         run.append("eval.jsonl", {"step": step, "table": table})
-        self.ranks.print0(f"step {step}: {self.show(table)}")
-        run.show(step, path)
+        self.ranks.print0(f"step {step}: {self.as_text(table)}")
+        run.publish(step, path)
         if self.args.phase == 3 and step == self.args.steps:
             show_gain(run)
 
@@ -539,7 +533,7 @@ def evaluate_only(args, ranks, ae):
         results[size] = evaluation.table(ae)
         if ranks.is_main:
             evaluation.picture(ae, f"{args.out}/eval_{size}.png")
-            print(evaluation.show(results[size]))
+            print(evaluation.as_text(results[size]))
     if ranks.is_main:
         about = {"ckpt": args.init or args.out, "data": args.val or args.data, "commit": commit(),
                  "results": results}
@@ -592,10 +586,10 @@ def parse(argv=None):
     args = parse_flags(p, recipe, TOY, argv)
     if args.val and args.val != "toy" and not os.path.exists(args.val):
         raise InputError(f"--val {args.val}: no such folder")
-    size = (1, 2**16)                                           # of widths
-    check_numbers(args, image_size=(1, 2**13), f=size, c=size, width=size, widths=size, in_channels=size,
-                  depths=(0, 1000), disc_warmup=(0, COUNT), eval_num=(1, COUNT), lpips=(0, LARGE),
-                  gan=(0, LARGE))
+    number = (1, 2**16)
+    check_numbers(args, image_size=(1, 2**13), f=number, c=number, width=number, widths=number,
+                  in_channels=number, depths=(0, 1000), disc_warmup=(0, COUNT), eval_num=(1, COUNT),
+                  lpips=(0, LARGE), gan=(0, LARGE))
     return args
 
 
@@ -761,7 +755,7 @@ def start_ranks():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("high")              # TF32; cuDNN's convolutions too
     elif size > 1:                                              # torchrun leaves one thread to every rank
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     if size > 1 and not dist.is_initialized():                  # 12 h: ranks wait while one decodes
@@ -981,7 +975,7 @@ def learning_rate(step, args, start=0.0):
 
 
 def set_lr(lr, *opts):
-    for opt in filter(None, opts):
+    for opt in opts:
         for group in opt.param_groups:
             group["lr"] = lr
     return lr
@@ -1115,7 +1109,7 @@ def load_state(module, opt, ckpt, args, ema=None):
     state = optimizer.get("state") if isinstance(optimizer, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise InputError(f"--out {args.out}: begun by an older version, which alone can go on with it "
-                         f"(commit {ckpt['commit']}); or name another --out")
+                         f"(commit {ckpt.get('commit')}); or name another --out")
     flags = [{name: group[name] for name in ("betas", "weight_decay")} for group in opt.param_groups]
     try:
         model, average = ckpt["model"], ckpt.get("ema") or ckpt["model"]
@@ -1148,7 +1142,7 @@ class Run:
         self.args, self.ranks = args, ranks
         self.signalled = self.stop = self.waits = False
         self.lock = self.bar = self.wandb = self.saved = None   # saved: the step that ckpt.pt holds
-        self.sums, self.facts, self.wait = {}, {}, 0.0          # since the last log line
+        self.sums, self.wait = {}, 0.0                          # since the last log line
         if ranks.is_main and not args.bench:
             self.lock = lock(make_folder(args.out))
             if args.wandb:
@@ -1201,12 +1195,12 @@ class Run:
         if not os.path.exists(last) and not os.path.exists(before):
             self.trim_logs(-1)
             return None
-        file, ckpt = open_weights(self.args.out, ("ckpt.pt", "ckpt_prev.pt"), HUB)
+        file, ckpt = open_weights(self.args.out, ("ckpt.pt", "ckpt_prev.pt"))
         if ckpt.get("kind") != kind:
             raise InputError(f"--out {self.args.out}: holds a checkpoint of kind {ckpt.get('kind')}, not "
                              f"{kind}; choose another --out")
-        kinds = dict(step=int, skipped=int, args=dict, model=dict, scale=float)
-        if wrong := [name for name, kind in kinds.items() if not isinstance(ckpt.get(name), kind)]:
+        types = dict(step=int, skipped=int, args=dict, model=dict, scale=float)
+        if wrong := [name for name, wanted in types.items() if not isinstance(ckpt.get(name), wanted)]:
             raise InputError(f"--out {self.args.out}: its checkpoint has no usable {', '.join(wrong)}; "
                              "choose another --out")
         for name, value in must_match.items():
@@ -1249,18 +1243,18 @@ class Run:
         """Whether a log has a line of this step."""
         return any(line["step"] == step for line in read_log(self.args.out, name))
 
-    def show(self, step, path):
+    def publish(self, step, path):
         """After an evaluation: its picture to --wandb; curves.png."""
         if self.wandb:
             self.wandb.log({"pictures": import_wandb().Image(path)}, step=step)
         if self.ranks.is_main:
             draw_curves(self.args.out)
 
-    def owes(self, step, has_it, at_start=False):
+    def owes(self, step, there, at_start=False):
         """Whether an evaluation is due before this step, at the start or because a signal or a kill cut it
         off."""
         due = self.due(step, self.args.eval_every) and (step > 0 or at_start)
-        return due and self.ranks.any(not has_it)
+        return due and self.ranks.any(not there)
 
     def finished(self, step):
         if step < self.args.steps:
@@ -1342,7 +1336,7 @@ class Run:
             return
         terms, seconds = self.averages(), time.time() - self.since
         speed = (done - self.logged) * self.args.batch_size / seconds
-        line = {"step": done, **terms, **facts, **self.facts, "skipped": int(guard.skipped),
+        line = {"step": done, **terms, **facts, "skipped": int(guard.skipped),
                 "img_per_s": float(f"{speed:.4g}"), "wait": round(self.wait / seconds, 3)}
         self.append("log.jsonl", line)
         text = f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}"
@@ -1377,7 +1371,7 @@ class Run:
         gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if cuda:
             device, gib = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
-            peak = 989 if re.search("H[12]00", device) else None    # TFLOP/s, H100 and H200 [data sheet]
+            peak = 989 if re.search("H100 80GB|H200$", device) else None    # TFLOP/s, SXM [data sheet]
         line = {"model": name, "img_per_s": round(args.batch_size / seconds, 3),
                 "step_ms": round(seconds * 1e3, 3), "tflops": round(tflops, 3),
                 "share_of_peak": peak and round(tflops / peak, 4), "peak_gib": round(gib, 3)}
@@ -1464,7 +1458,7 @@ def cost(loss, net, checkpointed=()):
     """(forward MACs, bytes of activations kept for the backward pass, fp32) of loss(), with `net` on the meta
     device. MACs are FLOPs / 2 of torch's counter: convolutions and matrix products, as the papers count.
     checkpointed: modules of which all inputs are kept, and at a time one module's activations."""
-    kept, inputs, unit = {}, 0, None                            # kept: storage -> (its unit, bytes)
+    kept, input_bytes, unit = {}, 0, None                       # kept: storage -> (its unit, bytes)
     weights = {p.untyped_storage()._cdata for p in net.parameters()}
 
     def pack(x):
@@ -1474,23 +1468,25 @@ def cost(loss, net, checkpointed=()):
         return x
 
     def enter(module, args):
-        nonlocal unit, inputs
+        nonlocal unit, input_bytes
         unit = module
-        inputs += args[0].untyped_storage().nbytes()
+        input_bytes += args[0].untyped_storage().nbytes()
 
     def leave(*_):
         nonlocal unit
         unit = None
+
     for module in checkpointed:
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
     saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
     with FlopCounterMode(display=False) as flops, saved:
         loss()
-    of = Counter()                                              # bytes of each unit, and of all outside
+    bytes_of = Counter()                                        # each unit, and None: all outside
     for owner, size in kept.values():
-        of[owner] += size
-    return flops.get_total_flops() // 2, of.pop(None, 0) + inputs + max(of.values(), default=0)
+        bytes_of[owner] += size
+    activations = bytes_of.pop(None, 0) + input_bytes + max(bytes_of.values(), default=0)
+    return flops.get_total_flops() // 2, activations
 
 
 def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):
@@ -1499,12 +1495,12 @@ def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):
     x forward cost. tests/README.md compares it with measured memory."""
     parameters = sum(p.numel() for p in net.parameters())
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    micro_batch = math.ceil(args.batch_size / (args.gpus * args.accumulate))
+    images = math.ceil(args.batch_size / (args.gpus * args.accumulate))        # of a micro-batch
     memory = 4 * (copies * parameters + 3 * trainable) / (args.gpus if args.fsdp else 1)
     if args.dtype == "bf16":
-        memory += 2 * parameters + 0.5 * activation_bytes * micro_batch
+        memory += 2 * parameters + 0.5 * activation_bytes * images
     else:
-        memory += activation_bytes * micro_batch
+        memory += activation_bytes * images
     flops = 3 * 2 * macs * args.batch_size * args.steps         # backward = 2 x forward
     days = flops / (args.gpus * args.tflops * 1e12) / 86400
     line = {"model": name, "parameters": parameters, "trainable": trainable,

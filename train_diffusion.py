@@ -53,6 +53,7 @@ WARMUP_START = 6.4e-6                                           # the warm-up's 
 TOY = dict(ae="out/toy-ae", model="SiT-T", max_images=8192, batch_size=32, steps=5000, lr=2e-3,
            betas=(0.9, 0.99), clip=1.0, warmup=100, cooldown=4000, ema=0.995, ema_warmup=100, save_every=1000,
            eval_every=2500, log_every=25, out="out/toy-diffusion")
+BENCH_DATA = SimpleNamespace(num_classes=1000, classes=[], scale=1.0)   # --bench: no images, no cache
 
 # ----------------------------------------------------------------------------------------------------------
 # The training step
@@ -69,8 +70,8 @@ def main(argv=None):
 
 
 def train(args, ranks, ae, c, size):
-    toy = args.data == "toy"                                    # its training pictures are not evaluation's
-    data = RANDOM if args.bench else open_images(args.data, args.image_size, train=toy)
+    toy = args.data == "toy"                # train: of toy images the training set, of a folder random crops
+    data = BENCH_DATA if args.bench else open_images(args.data, args.image_size, train=toy)
     reference = Reference(args, ranks) if args.fid and args.eval_every else None
     run = Run(args, ranks)
 
@@ -99,7 +100,7 @@ def train(args, ranks, ae, c, size):
     owed = run.owes(start_step, os.path.exists(preview_file(args, start_step)))
     if not owed and run.finished(start_step):
         return
-    latents = RANDOM if args.bench else cache_latents(args, ae, ranks, data)
+    latents = BENCH_DATA if args.bench else cache_latents(args, ae, ranks, data)
     if reference:
         reference.measure()
     if owed:
@@ -117,7 +118,8 @@ def train(args, ranks, ae, c, size):
             z, y = run.next(stream)                             # raw latents (b,c,h,w), labels (b,)
             numbers = sample_numbers(step, micro, args, ranks)
             n = torch.arange(numbers.start, numbers.stop, device=ranks.device)      # (b,): the random keys
-            u = uniform(len(n), args.seed, TIME, n)             # (b,) in [0,1): time
+            u = uniform(len(n), args.seed, TIME, n)             # (b,) in [0,1)
+            t = draw_t(net, u)                                  # (b,): time
             noise = gaussian(z.shape, args.seed, NOISE, n)      # (b,c,h,w)
             if latents.num_classes:
                 dropped = uniform(len(n), args.seed, DROP, n) < args.label_dropout
@@ -127,7 +129,7 @@ def train(args, ranks, ae, c, size):
             z = z.float() * latents.scale                       # to rms 1
             with autocast(args, ranks):
                 # DC-AE 1.5 Eq. (2): || mask * target - mask * net(mask * z_t, t, y) ||^2, over kept entries
-                loss = training_loss(forward, z, y, c_prime, draw_t(net, u), noise, reduction="none")  # (b,)
+                loss = training_loss(forward, z, y, c_prime, t, noise, reduction="none")  # (b,)
             (loss.mean() / args.accumulate).backward()
 
             run.add(**dict.fromkeys(names, loss.mean()))
@@ -140,7 +142,7 @@ def train(args, ranks, ae, c, size):
 
         done, stop = step + 1, run.stop                         # read once: a signal may come at any line
         if stop or run.due(done, args.save_every):
-            if run.may_save(done, guard, forward, z, draw_t(net, u), y):
+            if run.may_save(done, guard, forward, z, t, y):
                 run.save("diffusion", done, net, ema, opt, guard, **must_match, scale=latents.scale,
                          ae=absolute(args.ae))
         if stop:
@@ -158,7 +160,7 @@ def add_quarters(run, loss, u):
     for quarter in range(4):
         within = ((u * 4).long() == quarter).float()
         mean = (loss * within).sum() / within.sum()             # nan where none is: add() leaves it out
-        run.add(within.sum(), **{f"loss_t{quarter}": mean})
+        run.add(weight=within.sum(), **{f"loss_t{quarter}": mean})
 
 
 def absolute(x):
@@ -180,7 +182,7 @@ def parameter_groups(net, weight_decay):
 # checksum for each chunk, 0 where it is not yet encoded; manifest.json, what all was made from
 
 CHUNK = 512                                                     # pictures under one checksum [ours]
-SAMPLE = 256                                                    # files whose bytes are compared [ours]
+HASHED = 256                                                    # files whose bytes are compared [ours]
 
 
 class Latents:
@@ -194,6 +196,7 @@ class Latents:
         chunks = len(self.arrays["done"])
         self.checked = torch.zeros(chunks, dtype=torch.bool).share_memory_()    # among loader processes
         rows = np.arange(0, len(self), max(1, len(self) // 2048))
+        # rms decides only where the autoencoder knows no scale or is broken; then its rows must be whole
         rms = float(np.sqrt(np.square(self.arrays["latents"][0, rows], dtype=np.float32).mean()))
         self.scale = self.manifest["scale"]
         if self.scale == 1 or not 0 < rms < math.inf:
@@ -240,9 +243,6 @@ class Latents:
         part = slice(k * CHUNK, (k + 1) * CHUNK)
         latents, labels, done = self.arrays.values()
         return checksum(*latents[:, part], labels[part]) == done[k]
-
-
-RANDOM = SimpleNamespace(num_classes=1000, classes=[], scale=1.0)       # in place of data and cache: --bench
 
 
 def cache_latents(args, ae, ranks, data):
@@ -307,7 +307,7 @@ def digest_files(root, files):
         for file, size in zip(files, sizes):
             name = file.removeprefix(root).lstrip("/")
             h.update(os.fsencode(f"{name}\0{size}\0"))
-    for file in files[::max(1, len(files) // SAMPLE)]:
+    for file in files[::max(1, len(files) // HASHED)]:
         h.update(patiently(read_bytes, file))
     return h.hexdigest()
 
@@ -400,15 +400,15 @@ class Reference:
         self.args = args
         size = None if args.fid.endswith(".npz") else args.image_size
         num = args.fid_num if args.fid == "toy" else None
-        self.side = fid.open_side(args.fid, num, size)
-        for side in filter(None, self.side):
+        self.pair = fid.open_side(args.fid, num, size)
+        for side in filter(None, self.pair):
             if side.size and tuple(side.size) != (args.image_size, args.image_size):
                 raise InputError(f"--fid {args.fid}: pictures of {side.size[0]} px, the samples have "
                                  f"{args.image_size}; name another")
         self.extractor = fid.load_extractor(args.inception, args.features, ranks.device)
 
     def measure(self):
-        self.statistics = fid.measure(self.side, self.extractor, ("fid",), workers=self.args.workers)
+        self.statistics = fid.measure(self.pair, self.extractor, ("fid",), workers=self.args.workers)
 
 
 def preview_file(args, step):
@@ -428,7 +428,7 @@ def evaluate(run, done, ema, ae, latents, reference):
         columns = min(10, latents.num_classes or 10)
         path = preview_file(run.args, done)
         save_grid(pixels, path, columns)
-        run.show(done, path)
+        run.publish(done, path)
 
 
 def score(run, done, ema, ae, latents, reference):
@@ -450,7 +450,8 @@ def score(run, done, ema, ae, latents, reference):
 def sample_latents(run, ema, labels, index=None):
     """Latents for these labels. Under --fsdp all ranks must take the same steps, as Heun's solver does."""
     solver = "heun" if run.args.fsdp and ema.objective == "flow" else None
-    z = generate(ema, labels, seed=run.args.seed, solver=solver, index=index)
+    with autocast(run.args, run.ranks):
+        z = generate(ema, labels, seed=run.args.seed, solver=solver, index=index)
     if hasattr(ema, "reshard"):                                 # FSDP2's root waits for a backward pass
         ema.reshard()
     return z

@@ -76,7 +76,7 @@ def test_quick_start_and_own_images_on_tiny_settings(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (80, 90, 3), dtype=np.uint8)).save(folder / f"{k}.png")
     quick = README[README.index("## Quick start"):README.index("## Results")]
-    own = README[README.index("## Your own images"):README.index("## Real images")]
+    own = README[README.index("## Your own images"):README.index("## Does the claim")]
     runs = commands(quick) + commands(own)
     assert len(runs) == 8
     for script, flags in runs:
