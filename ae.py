@@ -1143,11 +1143,7 @@ def plain_names(tensors):
 def check_zip(z, file):
     """By the digest that write_checkpoint left at its end, else by the zip's own sums, neither of which
     torch.load does. ValueError: damaged."""
-    # A plain zip ends in two zero bytes: no comment. Ours ends in one, the digest, its length before it.
-    with open(file, "rb") as f:
-        f.seek(-2, os.SEEK_END)
-        end = f.read()
-    if z.comment or end != bytes(2):
+    if z.comment or np.memmap(file, mode="r")[-2:].any():               # the length of a comment that was cut
         if z.comment != digest(file):
             raise ValueError("another digest")
     elif z.testzip():
@@ -1169,10 +1165,7 @@ def write_checkpoint(content, file, keep=None):
     with zipfile.ZipFile(part, "a") as z:
         z.comment = DIGEST + bytes(64)                                  # room for it
     end = digest(part)
-    with open(part, "r+b") as f:
-        f.seek(-len(end), os.SEEK_END)
-        f.write(end)
-        os.fsync(f.fileno())
+    write(part, os.path.getsize(part) - len(end), end)
     if keep and os.path.exists(file):
         os.replace(file, keep)
     os.replace(part, file)
