@@ -401,7 +401,7 @@ class DCAE(nn.Module):
             config, tensors, scale, info = read_ours(content) if ours else read_published(content, file)
             with torch.device("meta"):
                 ae = cls(config)
-            ae.load_state_dict({name: own_copy(t) for name, t in tensors.items()}, assign=True)
+            ae.to_empty(device="cpu").load_state_dict(tensors)          # copies: fp32, and off a mapped file
             ae.scale = float(scale)
             if not 0 < ae.scale < math.inf:
                 raise ValueError(f"scale {scale}")
@@ -1176,11 +1176,6 @@ def digest(file):
     return DIGEST + hashlib.sha256(np.memmap(file, mode="r")[:-64]).hexdigest().encode()
 
 
-def own_copy(t):
-    """Off a memory-mapped file; floats become fp32, where they are not wider already."""
-    if t.is_floating_point():
-        return t.to(torch.promote_types(t.dtype, torch.float32), copy=True)
-    return t.clone()
 
 
 def import_safetensors():
