@@ -620,9 +620,7 @@ def read_bytes(file):
     if member := in_zip(file):
         archive, name = member
         return archive.read(name)
-    nonblock = getattr(os, "O_NONBLOCK", 0)                             # Windows has none
-    with open(file, "rb", opener=lambda name, flags: os.open(name, flags | nonblock)) as f:
-        return f.read()
+    return b"" if Path(file).is_fifo() else Path(file).read_bytes()
 
 
 def read_image(path, at_least=None, only_large=False):
