@@ -582,7 +582,7 @@ def walk_zip(path):
     one does not count."""
     names = [info.filename.split("/") for info in open_zip(path, os.getpid()).infolist() if not info.is_dir()]
     names = [name for name in names if not any(part[:1] == "." or part == "__MACOSX" for part in name)]
-    names.sort(key=lambda name: [(True, part) for part in name[:-1]] + [(False, name[-1])])     # files first
+    names.sort(key=lambda name: (name[:-1], name[-1]))                  # by folder: files come first
     top = int(len({name[0] for name in names}) == 1 and min(map(len, names)) > 2)
     return [("/".join([path, *name]), name[top] if len(name) > top + 1 else ".") for name in names]
 
