@@ -1306,18 +1306,18 @@ def fuse_qkv(tensors):
 
 
 def to_diffusers(tensors):
-    """Our tensors -> diffusers', as copies."""
+    """A state_dict of ours -> diffusers'."""
     theirs = {}
     for name, t in tensors.items():
         name = rename(name, OURS, DIFFUSERS)
-        t = t.detach().contiguous()
+        t = t.contiguous()
         if ".attn.to_" in name:
             t = t[:, :, 0, 0]
         if ".attn.to_qkv." in name:
             for part, third in zip(("to_q", "to_k", "to_v"), t.chunk(3)):
-                theirs[name.replace("to_qkv", part)] = third.clone()
+                theirs[name.replace("to_qkv", part)] = third.clone()    # safetensors writes no views
         else:
-            theirs[name] = t.clone()
+            theirs[name] = t
     return theirs
 
 
