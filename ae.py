@@ -1323,22 +1323,19 @@ def to_diffusers(tensors):
 
 def read_config(tensors):
     """AEConfig, off our tensors: every block has one norm (EfficientViT: attn.norm), as wide as its stage."""
-    widths = {"encoder": {}, "decoder": {}}                             # stage -> the width of each block
-    for name, t in tensors.items():
-        norm = re.fullmatch(r"(encoder|decoder)\.stages\.(\d{1,4})\.\d+\.(attn\.)?norm\.weight", name)
-        if norm:
-            widths[norm[1]].setdefault(int(norm[2]), []).append(len(t))
-    n = max(widths["encoder"], default=0)                               # stages, but for the empty one
-    complete = all(sorted(stages) == [*range(1, n + 1)] for stages in widths.values())
-    if n < 2 or not complete or "encoder.project_out.bias" not in tensors:
-        raise InputError("not complete (sana variants are not read)")
     sizes = {}
-    for side, stages in widths.items():
-        sizes[side + "_widths"] = (stages[1][0] // 2, *(stages[i][0] for i in range(1, n + 1)))
-        sizes[side + "_depths"] = (0, *(len(stages[i]) for i in range(1, n + 1)))
-    c = len(tensors["encoder.project_out.bias"])
+    for side in ("encoder", "decoder"):
+        norm = re.compile(side + r"\.stages\.(\d{1,4})\.\d+\.(attn\.)?norm\.weight")
+        blocks = [(int(found[1]), len(t)) for name, t in tensors.items() if (found := norm.fullmatch(name))]
+        widths = dict(sorted(blocks))                                   # of each stage but the empty one
+        if [*widths][:2] != [1, 2] or "encoder.project_out.bias" not in tensors:
+            raise InputError("not complete (sana variants are not read)")
+        depths = Counter(stage for stage, _ in blocks)
+        sizes[side + "_widths"] = (widths[1] // 2, *widths.values())
+        sizes[side + "_depths"] = (0, *(depths[stage] for stage in widths))
     version = "1.0" if any(name.endswith("running_mean") for name in tensors) else "1.5"
-    return AEConfig(f=2**n, c=c, version=version, width=sizes["encoder_widths"][0],
+    return AEConfig(f=2 ** len(widths), c=len(tensors["encoder.project_out.bias"]), version=version,
+                    width=sizes["encoder_widths"][0],
                     in_channels=tensors["encoder.project_in.conv.weight"].shape[1], **sizes)
 
 
