@@ -156,17 +156,13 @@ def precision_recall(real, fake, k=3, rows=None):
             # Images closer than fp32's rounding of features (1e-5 of their length) count as one
             yield d.masked_fill_(d < 1e-10 * scale, 0)
 
-    def radius(a):                                              # (len(a),), squared; + 1: the point itself
-        return torch.cat([d.kthvalue(k + 1, dim=1).values for d in distances(a, a)])
+    def share_inside(points, manifold):
+        near = [d.kthvalue(k + 1, dim=1).values for d in distances(manifold, manifold)]     # + 1: itself
+        radius = torch.cat(near)                                # (len(manifold),), squared
+        inside = [(d <= radius).any(1) for d in distances(points, manifold)]
+        return torch.cat(inside).double().mean().item()
 
-    radius_real = radius(real)
-    radius_fake = radius(fake)
-    fake_inside = []
-    real_inside = torch.zeros_like(radius_real, dtype=torch.bool)
-    for d, r in zip(distances(fake, real), radius_fake.split(rows)):
-        fake_inside.append((d <= radius_real).any(1))
-        real_inside |= (d <= r[:, None]).any(0)
-    return torch.cat(fake_inside).double().mean().item(), real_inside.double().mean().item()
+    return share_inside(fake, real), share_inside(real, fake)
 
 
 def psnr(a, b):
