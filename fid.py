@@ -95,17 +95,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[:1]:
         raise InputError(f"statistics of {len(mu1)} and {len(mu2)} features come from different networks: "
                          "no distance between them")
-    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
-        raise InputError("features are not finite: no distance")
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()
+    if not (distance + (sigma1 @ sigma2).sum()).isfinite():
+        raise InputError("features are not finite, or too large for numbers of 64 bits: no distance")
 
     # tr((S1 S2)^.5) as tr((S1^.5 S2 S1^.5)^.5): a symmetric matrix has real eigenvalues, so nothing turns
     # complex when N <= D or samples collapse, as scipy's sqrtm(S1 S2) does; rounding below zero is clipped.
     values, vectors = torch.linalg.eigh(sigma1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ sigma2 @ root
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()
-    if not (distance + product.sum()).isfinite():
-        raise InputError("features are too large for numbers of 64 bits: no distance")
     values = torch.linalg.eigvalsh((product + product.T) / 2)
     distance -= 2 * values.clamp(min=0).sqrt().sum()            # |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr(...)
     return max(0.0, distance.item())
