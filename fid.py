@@ -254,16 +254,16 @@ class ConvBN(nn.Module):
 
 
 # The pools beside the branches: the first as torchvision, the others not
-POOL_STRIDE = lambda x: F.max_pool2d(x, 3, 2)
-POOL_AVERAGE = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # TF: padding is not in the mean
-POOL_MAX = lambda x: F.max_pool2d(x, 3, 1, 1)                   # the graph of 2015; the paper says average
+POOL_STRIDE = nn.MaxPool2d(3, 2)
+POOL_AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)   # TF: padding is not in the mean
+POOL_MAX = nn.MaxPool2d(3, 1, 1)                                # the graph of 2015; the paper says average
 
 
 class Mixed(nn.Module):
     """Branches side by side on one input, concatenated; the last is a pool, with a 1x1 convolution if c_pool.
 
     A branch is a chain of (channels, kernel[, stride]): its convolutions are called name_1, name_2, ..., or
-    just name when alone; a list as the last link forks into name_2a and name_2b.
+    just name when alone; a dict as the last link forks, into name_2a and name_2b.
     """
 
     def __init__(self, c_in, branches, pool, c_pool=None):
@@ -275,15 +275,11 @@ class Mixed(nn.Module):
             links = []
             for i, link in enumerate(chain, 1):
                 name = f"{branch}_{i}" if len(chain) > 1 else branch
-                convs = [link]
-                names = [name]
-                if isinstance(link, list):
-                    convs = link
-                    names = [name + "a", name + "b"]
-                for conv_name, (c_out, *kernel) in zip(names, convs):
-                    self.add_module(conv_name, ConvBN(c, c_out, *kernel))
+                forks = link if isinstance(link, dict) else {"": link}
+                for letter, (c_out, *kernel) in forks.items():
+                    self.add_module(name + letter, ConvBN(c, c_out, *kernel))
                 c = c_out
-                links.append(names)
+                links.append([name + letter for letter in forks])
             self.chains.append(links)
         self.branch_pool = ConvBN(c_in, c_pool) if c_pool else nn.Identity()
 
@@ -331,7 +327,7 @@ class InceptionV3(nn.Module):
             "branch3x3": [(192, 1), (320, 3, 2)],
             "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
         }, POOL_STRIDE)
-        fork = [(384, (1, 3)), (384, (3, 1))]
+        fork = {"a": (384, (1, 3)), "b": (384, (3, 1))}
         for name, c_in, pool in (("7b", 1280, POOL_AVERAGE), ("7c", 2048, POOL_MAX)):       # 8 x 8
             self.add_module(f"Mixed_{name}", Mixed(c_in, {
                 "branch1x1": [(320, 1)],
@@ -351,8 +347,8 @@ class InceptionV3(nn.Module):
     def forward(self, pixels):                                                  # uint8 (B, H, W, 3)
         x = self.resize(pixels)                                                 # (B, 3, 299, 299) in [-1, 1]
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))       # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))       # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # (B, 288, 35, 35)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOL_STRIDE(x)))              # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(POOL_STRIDE(x))))         # (B, 288, 35, 35)
         x = self.Mixed_6a(x)
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))       # (B, 768, 17, 17)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))         # (B, 2048)
