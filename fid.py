@@ -244,11 +244,6 @@ class ConvBN(nn.Module):
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 
-    def fold(self):
-        """Batch norm in eval mode is an affine map: put it into the convolution (features: 2e-7 relative)."""
-        self.conv = nn.utils.fusion.fuse_conv_bn_eval(self.conv, self.bn)
-        self.bn = nn.Identity()
-
     def forward(self, x):
         return F.relu_(self.bn(self.conv(x)))
 
@@ -551,10 +546,7 @@ def load_extractor(inception="default", features=None, device="cpu", resize="tf"
         load_weights(net, read_weights(path), path)
         digest = file_hash(path)
         name = "inception-2015-12-05" if digest.startswith(HASH) else f"inception weights {path.name}"
-    for module in net.modules():
-        if isinstance(module, ConvBN):
-            module.fold()
-    # On a CPU, folding and channels-last convolutions save time
+    # On a CPU channels-last convolutions save time
     net.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.contiguous_format)
     return Extractor(net, name, digest, resize, device, inception != "random")
 
