@@ -546,9 +546,7 @@ def load_extractor(inception="default", features=None, device="cpu", resize="tf"
         load_weights(net, read_weights(path), path)
         digest = file_hash(path)
         name = "inception-2015-12-05" if digest.startswith(HASH) else f"inception weights {path.name}"
-    # On a CPU channels-last convolutions save time
-    net.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.contiguous_format)
-    return Extractor(net, name, digest, resize, device, inception != "random")
+    return Extractor(net.to(device), name, digest, resize, device, inception != "random")
 
 
 def fetch_weights():
