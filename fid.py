@@ -593,6 +593,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.path = str(path)
         self.image_size = image_size
         self.left_out = ""
+        self.stored = None                                      # Statistics that stand beside ADM's images
         if self.path == "toy":
             self.kind = "toy"
             self.data = open_images("toy", image_size or 32)
@@ -629,8 +630,6 @@ class ImageSet(torch.utils.data.Dataset):
                              "rounded and clipped to 0..255")
         return data
 
-    def is_jpeg(self):
-        return self.kind == "folder" and self.data[0].lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif"))
 
     def read(self, span):                                       # -> uint8 (B, H, W, 3)
         indices = [self.indices[i] for i in span]
@@ -657,10 +656,9 @@ class ImageSet(torch.utils.data.Dataset):
         return self.read(span)
 
 
-def read_batches(path, batch=64, num=None, image_size=None, workers=0):
-    """uint8 (B, H, W, 3) batches of a folder, .npz or "toy" (or an ImageSet), in order; under torchrun this
-    rank's slice. workers: processes that decode a folder's files."""
-    images = path if isinstance(path, ImageSet) else ImageSet(path, num, image_size)
+def read_batches(images, batch=64, workers=0):
+    """An ImageSet -> batches of uint8 (B, H, W, 3), in order; under torchrun this rank's slice. workers:
+    processes that decode a folder's files."""
     rank, world = ranks()
     first = images.n * rank // world
     last = images.n * (rank + 1) // world
@@ -711,7 +709,7 @@ class NpzImages:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Statistics and scores. A side of a comparison is opened as a pair (ImageSet or None, Statistics or None).
+# Statistics and scores. A side of a comparison is an ImageSet or, where a file holds no more, Statistics.
 
 
 @dataclass
@@ -736,8 +734,8 @@ class Statistics:
 
 
 def open_side(path, num=None, image_size=None, least=2):
-    """A folder, "toy" or an .npz with arr_0 -> (ImageSet, None); an .npz with mu and sigma -> (None,
-    Statistics); ADM's files have both. InputError for anything else, and for fewer than `least` images."""
+    """A folder, "toy" or an .npz with arr_0 -> ImageSet; an .npz with mu and sigma alone -> Statistics.
+    InputError for anything else, and for fewer than `least` images."""
     stored = None
     has_images = True
     if os.path.isfile(path) and zipfile.is_zipfile(path):
@@ -750,12 +748,13 @@ def open_side(path, num=None, image_size=None, least=2):
         if "mu" in arrays and "sigma" in arrays:
             stored = stored_statistics(str(path), **arrays)
     if stored and not has_images:
-        return None, stored
+        return stored
     images = ImageSet(path, num, image_size)
+    images.stored = stored
     if images.n < least:
         raise InputError(f"{path}: one image has no covariance: "
                          "statistics need at least 2, thousands to mean much")
-    return images, stored
+    return images
 
 
 def stored_statistics(path, mu, sigma, meta="{}"):
@@ -785,11 +784,13 @@ def stored_statistics(path, mu, sigma, meta="{}"):
 
 def measure(side, extractor, metrics=METRICS, batch=64, workers=0):
     """What open_side gives -> Statistics, with the features and logits that the metrics need."""
-    images, stored = side
-    if images is None or stored and not {"is", "precision", "recall"} & set(metrics):
+    if isinstance(side, Statistics):
+        return side
+    stored = side.stored
+    if stored and not {"is", "precision", "recall"} & set(metrics):
         return stored
-    batches = read_batches(images, batch, workers=workers)
-    made = statistics_of(batches, extractor, metrics, images.n, images.path, images.kind)
+    batches = read_batches(side, batch, workers)
+    made = statistics_of(batches, extractor, metrics, side.n, side.path, side.kind)
     if stored:      # ADM's files: mu and sigma of all training images; 10,000 images for precision and recall
         return replace(stored, features=made.features, logits=made.logits, size=made.size)
     return made
@@ -899,8 +900,13 @@ def score(batches, reference, extractor, metrics=METRICS[:4], allow_small=False,
     return compare(samples, reference, extractor, metrics, allow_small)
 
 
+def is_jpeg(side):
+    return side.kind == "folder" and side.data[0].lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif"))
+
+
 def check_pairs(samples, reference):
-    if not samples or not reference or (samples.n, samples.size) != (reference.n, reference.size):
+    images = isinstance(samples, ImageSet) and isinstance(reference, ImageSet)
+    if not images or (samples.n, samples.size) != (reference.n, reference.size):
         raise InputError("psnr and ssim compare image with image: both sides must be images, "
                          "equally many and of one size")
 
@@ -910,9 +916,7 @@ def pairwise(samples, reference, metrics, batch=64, workers=0):
     psnr_n, the number of pairs of finite PSNR: the mean is theirs, None where all pairs are equal."""
     functions = {"psnr": psnr, "ssim": ssim}
     finite = {m: [] for m in metrics}
-    left = read_batches(samples, batch, workers=workers)
-    right = read_batches(reference, batch, workers=workers)
-    for a, b in zip(left, right):
+    for a, b in zip(read_batches(samples, batch, workers), read_batches(reference, batch, workers)):
         for m in metrics:
             values = functions[m](a, b).double()
             finite[m].append(values[values.isfinite()])
@@ -984,8 +988,7 @@ def open_sides(args, least):
         num = args.num
         size = args.image_size
         if paths[role] == "toy":
-            for images, stored in sides.values():
-                other = images or stored
+            for other in sides.values():
                 num = num or other.n
                 size = size or other.size and other.size[0]
         elif role == "reference" and len(paths) == 2:
@@ -1026,22 +1029,21 @@ def main(argv=None):
     pairs = [m for m in ("psnr", "ssim") if m in args.metrics and two]
     needs_network = set(args.metrics) - set(pairs) or args.save_stats
     sides = open_sides(args, least=2 if needs_network else 1)
-    known = {role: images or stored for role, (images, stored) in sides.items()}
-    for role, side in known.items():
+    for role, side in sides.items():
         print0(f"{role}: {side.path}, {side.n or '?'} images, {hxw(side.size)} ({side.kind})"
                + getattr(side, "left_out", ""))
-    n = known["reference"].n
+    n = sides["reference"].n
     result = {}
     notes = []
     prefix = ""
     if pairs:
-        check_pairs(sides["samples"][0], sides["reference"][0])
-        if "ssim" in pairs and min(known["samples"].size) < 11:
+        check_pairs(**sides)
+        if "ssim" in pairs and min(sides["samples"].size) < 11:
             pairs.remove("ssim")
             notes.append("no ssim: its window is 11 pixels wide")
     if needs_network:
         if two:
-            check_comparable(**known, allow_small=args.allow_small)             # before the work
+            check_comparable(**sides, allow_small=args.allow_small)             # before the work
         extractor = load_extractor(args.inception, args.features, args.device, args.resize)
         print0(f"features: {extractor.name} ({extractor.hash}), resize {extractor.resize}, fp32")
         if not extractor.inception:
@@ -1056,7 +1058,7 @@ def main(argv=None):
             result = compare(**statistics, extractor=extractor, metrics=args.metrics,
                              allow_small=args.allow_small)
     if pairs:
-        result |= pairwise(sides["samples"][0], sides["reference"][0], pairs, args.batch_size, args.workers)
+        result |= pairwise(**sides, metrics=pairs, batch=args.batch_size, workers=args.workers)
 
     names = (result.get("name"), prefix + "Inception Score", prefix + "precision", prefix + "recall",
              "PSNR", "SSIM")
@@ -1066,7 +1068,7 @@ def main(argv=None):
             print0(f"{name} {result[metric]:.4f}{spread}")
     if result.get("psnr_n", n) != n:
         print0(f"PSNR inf of {n - result['psnr_n']} equal pairs, which its mean leaves out")
-    if two and sides["samples"][0] and sides["samples"][0].is_jpeg():
+    if two and is_jpeg(sides["samples"]):
         notes.append("the samples are JPEGs, whose artefacts count: PNG and npz keep samples as they are")
     result["notes"] = result.get("notes", []) + notes
     for note in result["notes"]:

@@ -400,15 +400,15 @@ class Reference:
         self.args = args
         size = None if args.fid.endswith(".npz") else args.image_size
         num = args.fid_num if args.fid == "toy" else None
-        self.pair = fid.open_side(args.fid, num, size)
-        for side in filter(None, self.pair):
-            if side.size and tuple(side.size) != (args.image_size, args.image_size):
-                raise InputError(f"--fid {args.fid}: pictures of {side.size[0]} px, the samples have "
-                                 f"{args.image_size}; name another")
+        self.side = fid.open_side(args.fid, num, size)
+        size = self.side.size
+        if size and tuple(size) != (args.image_size, args.image_size):
+            raise InputError(f"--fid {args.fid}: pictures of {size[0]} px, the samples have "
+                             f"{args.image_size}; name another")
         self.extractor = fid.load_extractor(args.inception, args.features, ranks.device)
 
     def measure(self):
-        self.statistics = fid.measure(self.pair, self.extractor, ("fid",), workers=self.args.workers)
+        self.statistics = fid.measure(self.side, self.extractor, ("fid",), workers=self.args.workers)
 
 
 def preview_file(args, step):
