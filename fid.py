@@ -25,7 +25,6 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ae import (Flags, InputError, Unreadable, center_crop, check_device, check_numbers, holds_images,
+from ae import (Flags, InputError, center_crop, check_device, check_numbers, evenly_spaced, holds_images,
                 left_out, list_images, open_images, patiently, read_image, read_weights, script, to_uint8,
                 writing)
 
@@ -597,6 +596,7 @@ class ImageSet(torch.utils.data.Dataset):
         if self.path == "toy":
             self.kind = "toy"
             self.data = open_images("toy", image_size or 32)
+            num = num or 10_000                                 # there are nearly as many as one likes
         elif holds_images(path):
             self.kind = "folder"
             found, others = list_images(self.path)
@@ -606,12 +606,10 @@ class ImageSet(torch.utils.data.Dataset):
             self.kind = "npz"
             self.data = self.open_npz(path)
         total = len(self.data)
-        if self.kind == "toy":
-            total = min(total, num or 10_000)                   # nearly as many as one likes
         self.n = num or total
         if not 1 <= self.n <= total:
             raise InputError(f"{path}: {total} images in there" + (f", --num {num} asked for" if num else ""))
-        self.indices = [i * total // self.n for i in range(self.n)]
+        self.indices = evenly_spaced(self.data, self.n)
         self.size = None
         self.size = tuple(self.read([0]).shape[1:3])            # (H, W) of the first image: all must have it
 
@@ -652,8 +650,7 @@ class ImageSet(torch.utils.data.Dataset):
                              "pass --image_size S")
         return pixels
 
-    def __getitem__(self, span):
-        return self.read(span)
+    __getitem__ = read                                          # of a DataLoader, whose samples are batches
 
 
 def read_batches(images, batch=64, workers=0):
@@ -698,14 +695,15 @@ class NpzImages:
         return self.shape[0]
 
     def __getitem__(self, i):                                   # -> uint8 (H, W, 3)
-        return patiently(partial(self.read, i), self.path)
-
-    def read(self, i, path):
         count = math.prod(self.shape[1:])
-        pixels = np.fromfile(path, np.uint8, count, offset=self.start + i * count)
-        if len(pixels) < count or os.stat(path).st_mtime_ns != self.time:
-            raise Unreadable("the file has changed")
-        return pixels.reshape(self.shape[1:])
+
+        def read(path):
+            pixels = np.fromfile(path, np.uint8, count, offset=self.start + i * count)
+            if len(pixels) < count or os.stat(path).st_mtime_ns != self.time:
+                raise Unreadable("the file has changed")
+            return pixels.reshape(self.shape[1:])
+
+        return patiently(read, self.path)
 
 
 # ----------------------------------------------------------------------------------------------------------
