@@ -69,18 +69,16 @@ def guided(net, y, guidance, interval):
     """model(x, t, rows) -> (prediction, v): the network with classifier-free guidance on all channels [all of
     DC-Gen's runs; the original DiT and SiT guide three].
 
-    x (b, c', h, w) are the images `rows` of y, t is (b,); v is what DiT says of its variance, or None.
+    x (b, c', h, w) are the images `rows` of y, t is (b,); v is what DiT says of its variance, else empty.
     """
     c = net.config["c"]
 
     def model(x, t, rows=slice(None)):
         b, k = x.shape[:2]
         z_t = F.pad(x, (0, 0, 0, 0, 0, c - k))                              # (b, c, h, w), zeros behind c'
-        if guidance == 1:
-            g = t[:0].long()                                                # no image is guided
-        else:
-            s = flow_time(net, t)
-            g = ((interval[0] <= s) & (s <= interval[1])).nonzero()[:, 0]   # the images guided at this t
+        s = flow_time(net, t)
+        inside = (interval[0] <= s) & (s <= interval[1]) & (guidance != 1)
+        g = inside.nonzero()[:, 0]                                          # the images guided at this t
         null = torch.full_like(g, net.config["num_classes"])
 
         # one pass: all images with their labels, then the guided ones without
@@ -91,11 +89,8 @@ def guided(net, y, guidance, interval):
         ).to(x.dtype)
         pred = out[:b, :k]
         pred_null = out[b:, :k]
-        v = None
-        if net.objective == "ddpm":
-            v = out[:b, c : c + k]
         pred_guided = pred_null + guidance * (pred[g] - pred_null)
-        return pred.index_copy(0, g, pred_guided), v
+        return pred.index_copy(0, g, pred_guided), out[:b, c : c + k]
 
     return model
 
