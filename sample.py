@@ -547,10 +547,6 @@ def parse(argv):
                   steps=(1, 1000), c_prime=(1, 65536), seed=(0, 2**63 - 1))
     if args.classes is None:
         args.classes = "all" if args.n <= 100 else "random"
-    out = output_folder(args)
-    there = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
-    if not args.bench and not (there.is_dir() and os.access(there, os.W_OK)):
-        raise InputError(f"--out {out}: {there} is no folder that can be written to; name another --out")
     return args
 
 
