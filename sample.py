@@ -320,8 +320,8 @@ def check_settings(net, labels, guidance, interval, solver, steps, c_prime):
     if wrong:
         raise InputError(f"label {wrong[0]} is outside 0 .. {num_classes} "
                          f"(--classes; {num_classes} is the null label)")
-    if not 0 <= guidance < math.inf:                            # NaN too
-        raise InputError(f"--guidance {guidance} must be finite, 0 or more (1 is no guidance)")
+    if not 0 <= guidance <= 1000:                               # NaN too
+        raise InputError(f"--guidance {guidance} must lie in 0 .. 1000 (1 is no guidance)")
     low, high = interval
     if not 0 <= low < high <= 1:
         raise InputError(f"--interval {low} {high}: wanted 0 <= LO < HI <= 1 (0 is noise, 1 is data)")
@@ -543,8 +543,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.ckpt is None:
         raise InputError("sample.py needs --ckpt CKPT (or --toy)")
-    check_numbers(args, n=(1, 10**8), batch_size=(1, 10**5), guidance=(0, 1000), interval=(0, 1),
-                  steps=(1, 1000), c_prime=(1, 65536), seed=(0, 2**63 - 1))
+    check_numbers(args, n=(1, 10**8), batch_size=(1, 10**5), seed=(0, 2**63 - 1))
     if args.classes is None:
         args.classes = "all" if args.n <= 100 else "random"
     return args
