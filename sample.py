@@ -435,7 +435,7 @@ class Unfinished:
             if checksum(pixels[self.index(k)]) != done[k]:
                 done[k] = 0
         write(self.done, 0, done.tobytes())
-        return done.any()
+        return len(done) == self.batches and done.any()
 
     def left(self, rank=0, world=1):
         """The batches of a rank's contiguous share that are not drawn yet."""
