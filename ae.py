@@ -695,12 +695,10 @@ def center_crop(image, size):
     """ADM's centre crop: halve by box while >= 2x, bicubic to the short side, cut the middle. [ours] Strips
     of more than 10 squares lose their ends before (which may move the middle, by less than a pixel)."""
     x, y = (max(0, side - 10 * min(image.size)) // 2 for side in image.size)
-    if x + y:
-        image = ImageOps.crop(image, (x, y))
+    image = ImageOps.crop(image, (x, y))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    k = size / min(image.size)
-    image = image.resize((round(image.width * k), round(image.height * k)), Image.BICUBIC)
+    image = ImageOps.scale(image, size / min(image.size), Image.BICUBIC)
     x = (image.width - size) // 2
     y = (image.height - size) // 2
     return image.crop((x, y, x + size, y + size))
@@ -748,7 +746,7 @@ def save_grid(pixels, path, ncol, titles=None, rows=None):
         x = left + i % ncol * step_x
         y = top + i // ncol * step_y
         image = Image.fromarray(np.asarray(tile[..., :3] if tile.shape[-1] >= 3 else tile[..., 0]))
-        sheet.paste(image.resize((zoom * image.width, zoom * image.height), Image.NEAREST), (x, y))
+        sheet.paste(ImageOps.scale(image, zoom, Image.NEAREST), (x, y))
         if rows and i % ncol == 0:
             pen.text((2, y + zoom * H // 2 - 6), rows[i // ncol], "black", font)
         if titles and i < ncol:
