@@ -658,8 +658,7 @@ def decode(data, at_least, only_large):
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     image = to_srgb(image, profile)
     if alpha:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image
 
 
