@@ -298,9 +298,11 @@ class InceptionV3(nn.Module):
         self.resize = {"tf": resize_tf, "torch": resize_torch}[resize]
         self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, 2)
         self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
+        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)                                              # 147 x 147
+        self.pool_2 = nn.MaxPool2d(3, 2)
         self.Conv2d_3b_1x1 = ConvBN(64, 80)
-        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, padding=0)
+        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, padding=0)                                  # 71 x 71
+        self.pool_4 = nn.MaxPool2d(3, 2)
         for name, c_in, c_pool in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):      # 35 x 35
             self.add_module(f"Mixed_{name}", Mixed(c_in, {
                 "branch1x1": [(64, 1)],
@@ -338,15 +340,13 @@ class InceptionV3(nn.Module):
         nn.init.zeros_(self.fc.bias)
         self.eval().requires_grad_(False)
 
-    def forward(self, pixels):                                                  # uint8 (B, H, W, 3)
-        x = self.resize(pixels)                                                 # (B, 3, 299, 299) in [-1, 1]
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))       # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOL_STRIDE(x)))              # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(POOL_STRIDE(x))))         # (B, 288, 35, 35)
-        x = self.Mixed_6a(x)
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))       # (B, 768, 17, 17)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))         # (B, 2048)
-        return x, x @ self.fc.weight.T                          # without the bias, as the literature's score
+    def forward(self, pixels):                                  # uint8 (B, H, W, 3)
+        x = self.resize(pixels)                                 # (B, 3, 299, 299) in [-1, 1]
+        *layers, fc = self.children()                           # in the order of __init__
+        for layer in layers:
+            x = layer(x)
+        x = x.mean((2, 3))                                      # (B, 2048)
+        return x, x @ fc.weight.T                               # without the bias, as the literature's score
 
 
 def resize_tf(pixels, side=299):
