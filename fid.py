@@ -235,16 +235,14 @@ class Moments:
 # Inception. Module names are the tensor names of the published file; widths and kernels: Szegedy et al. 2015.
 
 
-class ConvBN(nn.Module):
+class ConvBN(nn.Sequential):
     def __init__(self, c_in, c_out, kernel=1, stride=1, padding="same"):
         super().__init__()
         if stride > 1:
             padding = 0
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu_(self.bn(self.conv(x)))
+        self.relu = nn.ReLU(inplace=True)
 
 
 # The pools beside the branches: the first as torchvision, the others not
