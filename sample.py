@@ -387,8 +387,7 @@ class Unfinished:
     def __init__(self, out, shape, batch_size):
         self.out = out
         self.shape = shape
-        self.batch_size = batch_size
-        self.batches = math.ceil(shape[0] / batch_size)         # the same for any number of ranks
+        self.batches = torch.arange(shape[0]).split(batch_size)             # the same for any number of ranks
         self.pixels = out / "samples.part.pixels"
         self.done = out / "samples.part.done"
         self.settings = out / "samples.part.json"
@@ -405,7 +404,7 @@ class Unfinished:
                              "with its own flags, or remove samples.part.* in there")
         if not begun or not self.verified():
             self.allocate()
-            self.done.write_bytes(bytes(4 * self.batches))
+            self.done.write_bytes(bytes(4 * len(self.batches)))
             new = self.out / "samples.part.tmp"
             new.write_text(text)
             os.replace(new, self.settings)
@@ -432,25 +431,20 @@ class Unfinished:
         except (OSError, ValueError):                           # gone, or too short
             return False
         for k in np.flatnonzero(done):
-            if checksum(pixels[self.index(k)]) != done[k]:
+            if checksum(pixels[self.batches[k]]) != done[k]:
                 done[k] = 0
         write(self.done, 0, done.tobytes())
-        return len(done) == self.batches and done.any()
+        return len(done) == len(self.batches) and done.any()
 
     def left(self, rank=0, world=1):
         """The batches of a rank's contiguous share that are not drawn yet."""
         done = np.fromfile(self.done, np.uint32)
-        share = range(self.batches * rank // world, self.batches * (rank + 1) // world)
-        return [k for k in share if not done[k]]
-
-    def index(self, k):
-        """The images of batch k, (b,)."""
-        first = k * self.batch_size
-        return torch.arange(first, min(first + self.batch_size, self.shape[0]))
+        n = len(self.batches)
+        return [k for k in range(n * rank // world, n * (rank + 1) // world) if not done[k]]
 
     def put(self, k, pixels):
         """Batch k, (b, H, W, 3), and then its mark."""
-        write(self.pixels, k * self.batch_size * math.prod(self.shape[1:]), pixels.numpy().tobytes())
+        write(self.pixels, self.batches[k][0].item() * pixels[0].numel(), pixels.numpy().tobytes())
         write(self.done, 4 * k, np.uint32(checksum(pixels.numpy())).tobytes())
 
     def save(self, labels):
@@ -674,7 +668,7 @@ def main(argv=None):
         with tqdm(part.left(rank, world), f"rank 0 of {world}", unit="img", unit_scale=args.batch_size,
                   disable=rank > 0) as bar:
             for k in bar:
-                part.put(k, to_pixels(sample_latents(part.index(k))))
+                part.put(k, to_pixels(sample_latents(part.batches[k])))
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()
