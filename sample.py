@@ -69,13 +69,15 @@ def guided(net, y, guidance, interval):
     """model(x, t, rows) -> (prediction, v): the network with classifier-free guidance on all channels [all of
     DC-Gen's runs; the original DiT and SiT guide three].
 
-    x (b, c', h, w) are the images `rows` of y, t is (b,); v is what DiT says of its variance, else empty.
+    x (b, c', h, w) are the images `rows` of y, t is a number or (b,); v is what DiT says of its variance,
+    else empty.
     """
     c = net.config["c"]
 
     def model(x, t, rows=slice(None)):
         b, k = x.shape[:2]
         z_t = F.pad(x, (0, 0, 0, 0, 0, c - k))                              # (b, c, h, w), zeros behind c'
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(b)
         s = flow_time(net, t)
         inside = (interval[0] <= s) & (s <= interval[1]) & (guidance != 1)
         g = inside.nonzero()[:, 0]                                          # the images guided at this t
@@ -95,9 +97,6 @@ def guided(net, y, guidance, interval):
     return model
 
 
-def times(t, x):
-    """The time t for every image of x: (b,)."""
-    return x.new_full((len(x),), t)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def ddpm(net, model, x, steps, noise):
     kept = tuple(round(i * 999 / (steps - 1)) for i in range(steps))
     s = ddpm_schedule(kept, x.device, x.dtype)
     for j, i in enumerate(reversed(range(steps)), start=1):
-        eps, v = model(x, times(kept[i], x))
+        eps, v = model(x, kept[i])
         step = torch.full((len(x),), i, device=x.device)
         x, log_var = model_mean_log_var(s, step, x, eps, v)
         if i > 0:                                               # no noise at the last step
@@ -133,7 +132,7 @@ def dpm_nodes(net, steps):
 
 def predict_data(model, x, nodes, i):
     """The data that the network sees behind x, which is at node i."""
-    eps, _ = model(x, times(nodes.t[i], x))
+    eps, _ = model(x, nodes.t[i])
     return (x - nodes.sigma[i] * eps) / nodes.alpha[i]
 
 
@@ -193,15 +192,15 @@ def dpm2m(net, model, x, steps, noise):
 
 def euler(net, model, x, steps, noise):
     for i in range(steps):
-        v, _ = model(x, times(i / steps, x))
+        v, _ = model(x, i / steps)
         x = x + v / steps
     return x
 
 
 def heun(net, model, x, steps, noise):
     for i in range(steps):
-        v, _ = model(x, times(i / steps, x))
-        v_next, _ = model(x + v / steps, times((i + 1) / steps, x))
+        v, _ = model(x, i / steps)
+        v_next, _ = model(x + v / steps, (i + 1) / steps)
         x = x + (v + v_next) / (2 * steps)
     return x
 
@@ -213,7 +212,7 @@ def sde(net, model, x, steps, noise):
     for i in range(steps):
         t = i * dt
         w = 1 - t
-        v, _ = model(x, times(t, x))
+        v, _ = model(x, t)
         score = (t * v - x) / (1 - t)           # -E[noise] / (1 - t): x = t z + (1 - t) noise, v = z - noise
         drift = v + w * score
         if i == steps - 1:
@@ -259,12 +258,12 @@ def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6, smallest=1e-4):
     t = torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     # The first step
-    k1, _ = model(x, t.to(x.dtype))
+    k1, _ = model(x, t)
     scale = atol + rtol * x.abs()
     d0 = rms(x / scale)
     d1 = rms(k1 / scale)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    k2, _ = model(x + per_image(h0, x) * k1, h0.to(x.dtype))
+    k2, _ = model(x + per_image(h0, x) * k1, h0)
     d2 = rms((k2 - k1) / scale) / h0
     h1 = (0.01 / torch.maximum(d1, d2).clamp(min=1e-9)) ** 0.2
     h = torch.minimum(100 * h0, h1)
@@ -275,7 +274,7 @@ def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6, smallest=1e-4):
         slopes = [k1]
         for weights, node in zip(DOPRI, DOPRI_C):
             x_new = x + per_image(h, x) * weighted_sum(weights, slopes)
-            k, _ = model(x_new, (t + node * h).to(x.dtype), rows)
+            k, _ = model(x_new, t + node * h, rows)
             slopes.append(k)                                    # the last one is the next step's first
 
         # Is the step good enough?

@@ -276,7 +276,6 @@ def test_every_fixed_step_solver_runs_on_cuda(monkeypatch, fake_cuda, family, so
 
 
 @pytest.mark.parametrize("family, solver, name, wrong", [
-    ("USiT", "heun", "times", lambda t, x: torch.full((len(x),), t)),
     ("USiT", "sde", "flow_time", lambda net, t: t.cpu()),
     ("UViT", "dpm", "log_alpha", lambda net, t: torch.zeros(len(t), dtype=torch.float64)),
     ("DiT", "ddpm", "ddpm_schedule", lambda kept=None, *where, real=sample.ddpm_schedule: real(kept, "cpu"))])
