@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import diffusion
-from ae import (Flags, InputError, check_numbers, checksum, fingerprint, lock, make_folder, open_autoencoder,
-                read_json, save_grid, script, synchronized_time, to_uint8, write, writing)
+from ae import (Flags, InputError, check_numbers, checksum, evenly_spaced, fingerprint, lock, make_folder,
+                open_autoencoder, read_json, save_grid, script, synchronized_time, to_uint8, write, writing)
 from diffusion import ddpm_schedule, gaussian, model_mean_log_var, vp_schedule
 
 TOY = dict(ckpt="out/toy-diffusion", out="out/toy-samples", guidance=2.0)   # what --toy sets
@@ -495,8 +495,7 @@ def parse_classes(text, n, seed, num_classes, names):
         parts = [text] if text in names else [part.strip() for part in text.split(",")]
         chosen = [y for part in parts for y in class_numbers(part, names, known)]
         classes = list(dict.fromkeys(chosen))                   # each once, in the order given
-    if len(classes) > n:
-        classes = [classes[i * len(classes) // n] for i in range(n)]
+    classes = [classes[i] for i in evenly_spaced(classes, n)]
     return torch.tensor(classes)[torch.arange(n) % len(classes)]
 
 
