@@ -896,8 +896,7 @@ def check_numbers(args, **limits):
     """limits: flag=(lowest, highest), for a number or several; None, not given, is fine. InputError outside,
     and for NaN."""
     for flag, (low, high) in limits.items():
-        given = getattr(args, flag)
-        for number in given if isinstance(given, (list, tuple)) else [given]:
+        for number in np.ravel(getattr(args, flag)):
             if number is not None and not low <= number <= high:
                 raise InputError(f"--{flag} {number}: must lie in {low:g} .. {high:g}")
 
