@@ -457,8 +457,7 @@ class Exported:
         if any(out.ndim != 2 or len(out) != len(x) for out in outs):
             raise InputError(f"--features {self.path}: want features (B, D), logits (B, K), "
                              f"not {tuple(outs[0].shape)}")
-        features, logits = (*outs, None)[:2]
-        return features[:n], logits if logits is None else logits[:n]
+        return (*(out[:n] for out in outs), None)[:2]
 
 
 # torch.export.load unpickles parts of a file, evaluates its text and calls what it names. So it gets a copy:
@@ -757,9 +756,9 @@ def stored_statistics(path, mu, sigma, meta="{}"):
     try:
         meta = json.loads(str(meta))
         n, size, *names = [meta.get(key) for key in ("n", "size", "features", "features_hash", "resize")]
-        fits = not meta or [type(name) for name in names] == [str, str, str]
+        fits = not meta or set(map(type, names)) == {str}
         fits &= n is None or type(n) is int and n > 1
-        fits &= size is None or [type(k) for k in size] == [int, int]
+        fits &= size is None or list(map(type, size)) == [int, int]
     except Exception:
         fits = False
     if not fits:
