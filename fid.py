@@ -115,7 +115,7 @@ def inception_score(logits, splits=10):
     """
     n = len(logits)
     order = np.random.RandomState(2020).permutation(n)
-    logits = logits.detach().cpu()[torch.from_numpy(order)]
+    logits = logits.cpu()[order]
     if n < splits:
         splits = 1
     scores = []
