@@ -424,8 +424,8 @@ class Unfinished:
 
     def verified(self):
         """Whether there are batches to go on with. Those that are damaged lose their mark."""
-        done = np.fromfile(self.done, np.uint32)
         try:
+            done = np.memmap(self.done, np.uint32, "c", shape=len(self.batches))
             pixels = np.memmap(self.pixels, np.uint8, "r", shape=self.shape)
         except (OSError, ValueError):                           # gone, or too short
             return False
@@ -433,7 +433,7 @@ class Unfinished:
             if checksum(pixels[self.batches[k]]) != done[k]:
                 done[k] = 0
         write(self.done, 0, done.tobytes())
-        return len(done) == len(self.batches) and done.any()
+        return done.any()
 
     def left(self, rank=0, world=1):
         """The batches of a rank's contiguous share that are not drawn yet."""
