@@ -37,9 +37,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ae import (Flags, InputError, center_crop, check_device, check_numbers, evenly_spaced, holds_images,
-                left_out, list_images, open_images, patiently, read_image, read_weights, script, to_uint8,
-                writing)
+from ae import (Flags, InputError, Unreadable, center_crop, check_device, check_numbers, evenly_spaced,
+                holds_images, left_out, list_images, open_images, patiently, read_image, read_weights,
+                script, to_uint8, writing)
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -623,7 +623,6 @@ class ImageSet(torch.utils.data.Dataset):
             raise InputError(f"{path}: arr_0 is {data.dtype} {data.shape}; want uint8 (N, H, W, 3), "
                              "rounded and clipped to 0..255")
         return data
-
 
     def read(self, span):                                       # -> uint8 (B, H, W, 3)
         indices = [self.indices[i] for i in span]
