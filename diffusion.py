@@ -31,6 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from ae import InputError, channel_mask, open_weights, plain_names, splitmix64
 
@@ -131,23 +132,14 @@ def sides(size):
 
 
 def forward_macs(net):
-    """Multiply-adds of one latent's forward pass, attention's two products counted. net: or its config."""
-    k = SimpleNamespace(**(net if isinstance(net, dict) else net.config))
-    h, w = sides(k.size)
-    T = h * w // k.patch**2
-    D = k.hidden
-    patch_map = k.c * k.patch**2 * D                                    # from or to the entries of one patch
-    if k.name.startswith("U"):
-        N = T + 2
-        block = 12 * N * D**2 + 2 * N**2 * D
-        skip = 2 * N * D**2
-        return (k.depth + 1) * block + k.depth // 2 * skip + (T + N) * patch_map
-    block = 12 * T * D**2 + 2 * T**2 * D + 6 * D**2
-    time = 256 * D + D**2
-    last = 2 * D**2 + T * patch_map                                     # modulation, linear
-    if k.name.startswith("DiT"):
-        last += T * patch_map                                           # variances
-    return T * patch_map + time + k.depth * block + last
+    """Multiply-adds of one latent's forward pass, as torch counts them (without memory). net: or its
+    config."""
+    config = net if isinstance(net, dict) else net.config
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:
+        net = build(**config)
+        one = torch.zeros(1, dtype=torch.long)
+        net(torch.zeros(1, config["c"], *net.grid), one, one)
+    return flops.get_total_flops() // 2
 
 
 # ------------------------------------------------------------------------------------------------------------

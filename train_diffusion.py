@@ -573,8 +573,7 @@ def dry_run(args, ranks, c, size):
         y = torch.empty(1, dtype=torch.long)
     announce(args, ranks, net)
     units = net.layers() if args.checkpointing else ()
-    _, activations = cost(lambda: net(z, t, y).square().mean(), net, units)
-    macs = forward_macs(net)
+    macs, activations = cost(lambda: net(z, t, y).square().mean(), net, units)
     return print_estimate(args, ranks, args.model, net, macs, activations, copies=2)    # 2: with the average
 
 
