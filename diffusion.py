@@ -616,20 +616,28 @@ def read_published(path, content, x, name, config):
     if "label_emb.weight" in weights:                                   # U-ViT's own name of the same table
         weights["label_emb.embedding_table.weight"] = weights.pop("label_emb.weight")
     network = "UViT" if "patch_embed.proj.weight" in weights else "DiT"
-    for k, ndim in zip((*KEY_TENSORS[network], "pos_embed"), (4, 2, 2, 3)):
-        if k not in weights or weights[k].ndim != ndim:
+    for k in (*KEY_TENSORS[network], "pos_embed"):
+        if k not in weights:
             raise InputError(f"{path}: neither a DiT nor a class-conditional U-ViT: tensor {k} is missing")
     if network == "UViT" and any(k.startswith("final_layer") for k in weights):
         raise InputError(f"{path}: this U-ViT ends in a 3x3 convolution (final_layer); it is not supported")
 
     hint = hint_of(x, path.parent.name, path.name)
-    first, _, last = (weights[k] for k in KEY_TENSORS[network])
-    _, c, patch, _ = first.shape
+    first, labels, last = (weights[k] for k in KEY_TENSORS[network])
+    hidden, c, patch, _ = first.shape
     sigma = len(last) == 2 * c * patch**2
     family = which_family(path, network, sigma, name, hint.get("family", ""))
-    settings = settings_from(path, weights, network, family, config)
+    tokens = weights["pos_embed"].shape[1] - 2 * (network == "UViT")    # label and time
+    depth = len(set(re.findall(r"\w*blocks\.\d+", " ".join(weights))))
+    settings = {
+        "c": c,
+        "size": patch * square_root(path, tokens, config),
+        "num_classes": len(labels) - 1,
+        "patch": patch,
+        **named_settings(path, family, depth, hidden, config),
+    }
     if family == "SiT" and sigma:
-        weights = without_sigma(weights, c, patch)
+        drop_sigma(weights, c, patch)
     info = {}
     if hint:
         info["image_size"] = int(hint["px"])
@@ -642,68 +650,50 @@ def hint_of(*names):
     """{"ae", "family", "px"} as far as published names tell them."""
     for name in names:
         for rule in PUBLISHED:
-            found = re.search(rule, name, re.I)
-            if found:
+            if found := re.search(rule, name, re.I):
                 return found.groupdict()
     return {}
 
 
 def which_family(path, network, sigma, name, hint):
     """By the tensors, then name=, then a published file name."""
-    if network == "UViT":
-        possible = ["UViT", "USiT"]
-    elif sigma:
-        possible = ["DiT", "SiT"]                                       # original SiTs have unused sigmas
-    else:
-        possible = ["SiT"]
-    if name:
-        family = name.split("-")[0]
-        if family not in possible:
-            are = " or ".join(possible)
-            raise InputError(f"{path}: the tensors are those of a {are}, not of the {name} asked for")
-        return family
+    possible = ["UViT", "USiT"]
+    if network == "DiT":
+        possible = ["DiT", "SiT"] if sigma else ["SiT"]                 # original SiTs have unused sigmas
     for family in possible:
-        if family.lower() == hint.lower():
+        if family.lower() == (name or hint).split("-")[0].lower():
             return family
+    if name:
+        raise InputError(f"{path}: the tensors are those of a {' or '.join(possible)}, not of the {name} "
+                         "asked for")
     if network == "UViT":
         raise InputError(f"{path}: UViT and USiT have the same tensors; say which: "
                          'name="UViT" or name="USiT" (--model)')
     return possible[0]
 
 
-def settings_from(path, weights, network, family, config):
-    """What build needs. Heads, and sides that are not equal, cannot be read off tensors."""
-    first, labels, _ = (weights[k] for k in KEY_TENSORS[network])
-    hidden, c, patch, _ = first.shape
-    tokens = weights["pos_embed"].shape[1]
-    if network == "UViT":
-        tokens -= 2                                                     # label and time
+def square_root(path, tokens, config):
+    """Sides that are not equal cannot be read off tensors."""
     side = math.isqrt(tokens)
     if side * side != tokens and "size" not in config:
         raise InputError(f"{path}: {tokens} tokens are not a square; say size=(h, w)")
-    blocks = set(re.findall(r"\w*blocks\.\d+", " ".join(weights)))
-    settings = {
-        "name": family,
-        "c": c,
-        "size": side * patch,
-        "num_classes": len(labels) - 1,
-        "patch": patch,
-        "depth": len(blocks),
-        "hidden": hidden,
-    }
-    for name, (depth, width, heads) in MODELS.items():
-        if name.startswith(family + "-") and (depth, width) == (len(blocks), hidden):
-            return {**settings, "name": name, "heads": heads}
+    return side
+
+
+def named_settings(path, family, depth, hidden, config):
+    """Name, depth, hidden, heads. Heads cannot be read off tensors: they are those of our preset."""
+    settings = {"name": family, "depth": depth, "hidden": hidden}
+    for name, (*dims, heads) in MODELS.items():
+        if name.startswith(family + "-") and dims == [depth, hidden]:
+            return settings | {"name": name, "heads": heads}
     if "heads" not in config:
-        raise InputError(f"{path}: depth {len(blocks)}, hidden {hidden} is no {family} of ours, and heads "
+        raise InputError(f"{path}: depth {depth}, hidden {hidden} is no {family} of ours, and heads "
                          "cannot be read off tensors; say heads=")
     return settings
 
 
-def without_sigma(weights, c, patch):
-    """Without the unused half of the last layer, whose rows are (pixel of the patch, channel)."""
-    weights = dict(weights)
+def drop_sigma(weights, c, patch):
+    """The unused half of the last layer, whose rows are (pixel of the patch, channel)."""
     for k in ("final_layer.linear.weight", "final_layer.linear.bias"):
         rows = weights[k].unflatten(0, (patch**2, 2 * c))
         weights[k] = rows[:, :c].flatten(0, 1)
-    return weights
