@@ -558,7 +558,8 @@ def from_pretrained(x, name=None, **config):
     """A network in eval mode. x: our checkpoint or run folder; published weights by hub name, folder or file.
 
     Published tensors tell depth, hidden, c, patch, size and num_classes; name ("USiT" or "USiT-H") and config
-    (heads=, size=) tell what they cannot. net.info: what else is known: step, scale, ae, image_size, ..."""
+    (heads=, size=) tell what they cannot. net.info: what else is known of step, scale, ae, ae_hash,
+    image_size, classes."""
     path, content = open_weights(x, FILES, HUB)
     try:
         if "kind" in content:
@@ -595,13 +596,10 @@ def read_ours(path, content, name):
     held = content["config"]["name"]
     if name and name not in (held, held.split("-")[0]):
         raise InputError(f"{path}: holds a {held}, not the {name} asked for")
-    info = {}
-    for k, v in content.items():
-        if k not in ("config", "model", "ema", "kind") and "opt" not in k:
-            info[k] = v
-    for k, kind in dict(step=int, scale=float, ae=str, ae_hash=str, image_size=int, classes=list).items():
-        value = info.get(k)
-        if value is not None and (type(value) is not kind or k == "scale" and not 0 < value < math.inf):
+    kinds = dict(step=int, scale=float, ae=str, ae_hash=str, image_size=int, classes=list)
+    info = {k: content[k] for k in kinds if content.get(k) is not None}
+    for k, value in info.items():
+        if type(value) is not kinds[k] or k == "scale" and not 0 < value < math.inf:
             raise ValueError(f"{k} is {value!r:.40}")
     return dict(content["config"]), plain_names(content.get("ema") or content["model"]), info
 

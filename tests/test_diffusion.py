@@ -930,7 +930,7 @@ def strange():
         no_config=dict(config=None), list_config=dict(config=[1, 2]), no_model=dict(model=None),
         list_model=dict(model=[1, 2]), empty_model=dict(model={}), number_kind=dict(kind=7), dict_kind=dict(kind=state),
         unknown=dict(config={**config, "flavour": 1}), number_key=dict(config={**config, 3: 1}),
-        entry={3: 1}, scale=dict(scale=math.nan), scale_0=dict(scale=0.0), scale_text=dict(scale="wide"),
+        scale=dict(scale=math.nan), scale_0=dict(scale=0.0), scale_text=dict(scale="wide"),
         ae=dict(ae=7), classes=dict(classes=5), image_size=dict(image_size="32"), step=dict(step=None, ae_hash=3))
     for key in config:
         cases[f"no_{key}"] = dict(config={k: v for k, v in config.items() if k != key})
