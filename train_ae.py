@@ -404,73 +404,67 @@ class Evaluation:
             self.ranks.print0(f"rfid left out: {e}")
 
     def fitting(self):
-        """The scores that pictures of this size and number allow, and whether rFID is one of them."""
+        """The scores that pictures of this size allow."""
         smallest = {"psnr": 1, "ssim": 11, "lpips": 31}         # px: SSIM's window, AlexNet's strides
         fitting = {name: score for name, score in self.scores.items() if self.size >= smallest[name]}
-        few = self.extractor is not None and len(self.numbers) < 2
-        left_out = [*(self.scores.keys() - fitting), *(["rfid"] if few else [])]
-        if left_out:
-            self.ranks.print0(f"left out for {len(self.numbers)} pictures of {self.size} px: {left_out}")
-        return fitting, self.extractor is not None and not few
+        if left_out := self.scores.keys() - fitting:
+            self.ranks.print0(f"left out for pictures of {self.size} px: {', '.join(left_out)}")
+        return fitting
 
     @torch.no_grad()
     def table(self, ae):
         """[{c_prime, psnr, psnr_n, ssim, lpips, rfid, knn, n}, ...]; ae: in eval mode, whole on every rank.
         psnr_n: pictures of finite PSNR, over which psnr is the mean (None: there are none)."""
-        ranks, mine = self.ranks, self.numbers[self.ranks.rank::self.ranks.size]
+        ranks, n = self.ranks, len(self.numbers)
+        mine = self.numbers[ranks.rank::ranks.size]
         size = max(1, micro_batch(self.args, ranks))
         order = [mine[i:i + size] for i in range(0, len(mine), size)]
-        scores, rfid = self.fitting()
-        sums = torch.zeros(2, len(self.rows), len(scores), dtype=torch.float64, device=ranks.device)
+        scores = self.fitting()
+        extractor = self.extractor if n > 1 else None           # one picture has no covariance
+        values = [[] for _ in self.rows]                        # by c': (b,scores) of each batch
+        latents, labels = [], []
         real, fake = fid.Moments(), [fid.Moments() for _ in self.rows]
-        knn = self.args.eval_only and self.data.num_classes > 1 and len(self.numbers) > 10
-        features, labels = [], []
         stream = loader(Stream(self.data), order, self.args.workers, ranks.device)
         for img, y in tqdm(stream, desc="evaluating", unit="batch", disable=not ranks.is_main, leave=False):
             img = img.to(ranks.device)
             z = ae.encode(img)
-            if knn:
-                features.append(z.mean((2, 3)).cpu())           # (b,c)
-                labels.append(y)
+            latents.append(z.mean((2, 3)).cpu())                # (b,c)
+            labels.append(y)
             pixels = to_uint8(img)
-            if rfid:
-                real.update(self.extractor(pixels)[0])
-            for k, c_prime in enumerate(self.rows):
+            if extractor:
+                real.update(extractor(pixels)[0])
+            for c_prime, moments, parts in zip(self.rows, fake, values):
                 rec = ae.decode(z[:, :c_prime])
                 rec_pixels = to_uint8(rec)
-                values = [score(img, rec) if name == "lpips" else score(pixels, rec_pixels)
-                          for name, score in scores.items()]
-                values = torch.stack(values).double()           # (scores,b)
-                finite = values.isfinite()                      # the PSNR of equal pictures is not
-                sums[0, k] += values.where(finite, 0.0).sum(1)
-                sums[1, k] += finite.sum(1)
-                if rfid:
-                    fake[k].update(self.extractor(rec_pixels)[0])
-        if ranks.size > 1:
-            dist.all_reduce(sums)
-            for moments in (real, *fake) if rfid else ():
-                moments.reduce()
-        if knn:
-            features, labels = fid.gather_rows(features), fid.gather_rows(labels)
+                part = [score(img, rec) if name == "lpips" else score(pixels, rec_pixels)
+                        for name, score in scores.items()]
+                parts.append(torch.stack(part, dim=1).double().cpu())
+                if extractor:
+                    moments.update(extractor(rec_pixels)[0])
+        for moments in (real, *fake):
+            moments.reduce()
+        latents, labels = fid.gather_rows(latents), fid.gather_rows(labels)     # (n,c), (n,)
 
         table = []
-        for k, c_prime in enumerate(self.rows):
-            row = {"c_prime": c_prime}
-            for name, total, count in zip(scores, *sums[:, k].tolist()):
-                row[name] = total / count if count else None
-                if name == "psnr":
-                    row["psnr_n"] = int(count)
-            if rfid:
-                row["rfid"] = fid.frechet_distance(real.mean, real.cov, fake[k].mean, fake[k].cov)
-            if knn:
-                row["knn"] = knn_accuracy(features[:, :c_prime], labels)
-            table.append(row | {"n": len(self.numbers)})
+        for c_prime, moments, parts in zip(self.rows, fake, values):
+            of_all = fid.gather_rows(parts)                     # (n,scores)
+            finite = of_all.isfinite()                          # the PSNR of equal pictures is not
+            means = of_all.where(finite, math.nan).nanmean(0).tolist()
+            row = {"c_prime": c_prime, "n": n, "psnr_n": finite[:, 0].sum().item()}
+            row |= {name: None if math.isnan(mean) else mean for name, mean in zip(scores, means)}
+            if extractor:
+                row["rfid"] = fid.frechet_distance(real.mean, real.cov, moments.mean, moments.cov)
+            if self.args.eval_only and self.data.num_classes > 1 and n > 10:
+                row["knn"] = knn_accuracy(latents[:, :c_prime], labels)
+            table.append(row)
         return table
 
     @torch.no_grad()
     def picture(self, ae, path):
         """PNG: pictures in the top row, their reconstructions from the first c' channels below, a row for
         each c'."""
+        if not self.ranks.is_main:
+            return
         numbers = evenly_spaced(self.data, 8)
         img = self.data.get_batch(numbers, numbers)[0].to(self.ranks.device)
         z = ae.encode(img)
@@ -480,10 +474,9 @@ class Evaluation:
 
     def show(self, table):
         names = [name for name in table[0] if name not in ("c_prime", "psnr_n", "n")]
-        lines = [f"reconstruction at {self.size} px, {len(self.numbers)} images"]
-        if self.extractor:
-            lines[0] += f"; rfid: {self.extractor.name}"
-        lines += ["".join(f"{name:>9}" for name in ("c_prime", *names))]
+        by = f"; rfid: {self.extractor.name}" if self.extractor else ""
+        lines = [f"reconstruction at {self.size} px, {len(self.numbers)} images{by}"]
+        lines += [f"{'c_prime':>9}" + "".join(f"{name:>9}" for name in names)]
         for row in table:
             numbers = [math.nan if row[name] is None else row[name] for name in names]
             lines += [f"{row['c_prime']:>9}" + "".join(f"{number:>9.3f}" for number in numbers)]
@@ -495,8 +488,7 @@ class Evaluation:
         eval_ae.load_state_dict(whole_weights(ae))
         table = self.table(eval_ae)
         path = f"{self.args.out}/recon_{step:07d}.png"
-        if self.ranks.is_main:
-            self.picture(eval_ae, path)
+        self.picture(eval_ae, path)
         run.append("eval.jsonl", {"step": step, "table": table})
         self.ranks.print0(f"step {step}: {self.show(table)}")
         run.show(step, path)
@@ -530,22 +522,20 @@ def show_gain(run):
 def evaluate_only(args, ranks, ae):
     """--eval_only: a table and a picture for each --image_size; all of it in eval.json."""
     ae, results = prepare(ae, args, ranks).eval(), {}
-    if ranks.is_main:
-        make_folder(args.out)
+    make_folder(args.out)
     evaluation = Evaluation(args, ranks, ae.config)
     for size in args.image_size:
         if size != evaluation.size:
             evaluation.open(size)
         results[size] = evaluation.table(ae)
-        if ranks.is_main:
-            evaluation.picture(ae, f"{args.out}/eval_{size}.png")
-            print(evaluation.show(results[size]))
+        evaluation.picture(ae, f"{args.out}/eval_{size}.png")
+        ranks.print0(evaluation.show(results[size]))
     if ranks.is_main:
         about = {"ckpt": args.init or args.out, "data": args.val or args.data, "commit": commit(),
                  "results": results}
         with open(f"{args.out}/eval.json", "w") as f:
             json.dump(about, f, allow_nan=False)
-        print(json.dumps(results))
+    ranks.print0(json.dumps(results))
     return results
 
 
