@@ -379,14 +379,9 @@ class Evaluation:
 
     def open(self, size):
         """The pictures, at `size` px."""
-        args, self.size = self.args, size
-        source, num = args.val or args.data, args.eval_num
-        self.data = open_images(source, size, train=False, seed=args.seed)
-        if num is None and not args.eval_only:
-            num = 1024
-        if num is None and source == "toy":
-            num = 2048
-        self.numbers = evenly_spaced(self.data, num)
+        self.size = size
+        self.data = open_images(self.args.val or self.args.data, size, seed=self.args.seed)
+        self.numbers = evenly_spaced(self.data, self.args.eval_num)
 
     def add_networks(self):
         """LPIPS (AlexNet, as the published evaluation) and rFID's network; what cannot be downloaded is named
@@ -485,7 +480,7 @@ class Evaluation:
     def report(self, run, ae, step):
         """The table of a training run's network: on the screen, in eval.jsonl, with a picture beside it."""
         eval_ae = DCAE(self.config).to(self.ranks.device).eval()    # whole on every rank, also under --fsdp
-        eval_ae.load_state_dict(whole_weights(ae))
+        eval_ae.load_state_dict(get_model_state_dict(ae, options=WHOLE))
         table = self.table(eval_ae)
         path = f"{self.args.out}/recon_{step:07d}.png"
         self.picture(eval_ae, path)
@@ -576,9 +571,12 @@ def parse(argv=None):
     p.set_defaults(steps=200_000, warmup=1000)                  # [ours]
 
     def recipe(args):
-        own_size = args.eval_only or args.train == "decoder"    # that of the checkpoint
-        return {**PHASES[args.phase], "lpips": 0.0 if args.data == "toy" else 1.0,
-                **({"image_size": None} if own_size else {})}
+        defaults = PHASES[args.phase] | {"lpips": 0.0 if args.data == "toy" else 1.0, "eval_num": 1024}
+        if args.eval_only:
+            defaults["eval_num"] = 2048 if (args.val or args.data) == "toy" else None
+        if args.eval_only or args.train == "decoder":           # the checkpoint's own
+            defaults["image_size"] = None
+        return defaults
     args = parse_flags(p, recipe, TOY, argv)
     if args.val and args.val != "toy" and not os.path.exists(args.val):
         raise InputError(f"--val {args.val}: no such folder")
@@ -1080,43 +1078,26 @@ def shard(module, units, ranks, args, compile=False):
     return module
 
 
-# One save and one resume for one process, DDP and FSDP, on any number of ranks: the whole state, by name.
-# Under --fsdp it is gathered tensor by tensor into the first rank's host memory. USiT-3B: 3.1 G parameters x
-# 16 bytes (weights, average and two moments in fp32) = 50 GB there, 25 s to write at 2 GB/s while the other
-# ranks wait.
+# One save and one resume for one process, DDP and FSDP, on any number of ranks: the whole state, by name. It
+# is gathered tensor by tensor into the first rank's host memory. USiT-3B: 3.1 G parameters x 16 bytes
+# (weights, average and two moments in fp32) = 50 GB there, 25 s to write at 2 GB/s while the others wait.
 
-
-def whole_state(module, opt):
-    """(weights, optimiser state by name); under FSDP on the first rank's CPU, elsewhere empty."""
-    sharded = is_sharded(module)
-    return get_state_dict(module, opt, options=StateDictOptions(full_state_dict=sharded, cpu_offload=sharded))
-
-
-def whole_weights(module, cpu=False):
-    """Weights by name, on every rank; with cpu under FSDP on the first rank's CPU alone."""
-    sharded = is_sharded(module)
-    options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded and cpu)
-    return get_model_state_dict(module, options=options)
+WHOLE = StateDictOptions(full_state_dict=True)                  # on every rank
+ON_THE_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)     # elsewhere empty
 
 
 def load_state(module, opt, ckpt, args, ema=None):
-    whole = StateDictOptions(full_state_dict=True)
-    optimizer = ckpt.get("optimizer")
-    state = optimizer.get("state") if isinstance(optimizer, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-        raise InputError(f"--out {args.out}: begun by an older version, which alone can go on with it "
-                         f"(commit {ckpt['commit']}); or name another --out")
     flags = [{name: group[name] for name in ("betas", "weight_decay")} for group in opt.param_groups]
     try:
-        model, average = ckpt["model"], ckpt.get("ema") or ckpt["model"]
-        if not model.keys() == average.keys() == module.state_dict().keys():
+        model, average, moments = ckpt["model"], ckpt.get("ema") or ckpt["model"], ckpt["optimizer"]
+        if not model.keys() == average.keys() == module.state_dict().keys() >= moments["state"].keys():
             raise KeyError
-        set_state_dict(module, opt, model_state_dict=model, optim_state_dict=optimizer, options=whole)
+        set_state_dict(module, opt, model_state_dict=model, optim_state_dict=moments, options=WHOLE)
         if ema is not None:
-            set_model_state_dict(ema, average, options=whole)
+            set_model_state_dict(ema, average, options=WHOLE)
     except Exception as e:                                      # of torch there are many kinds
-        raise InputError(f"--out {args.out}: its checkpoint is not whole ({type(e).__name__}); pick another "
-                         "--out") from e
+        raise InputError(f"--out {args.out}: its checkpoint is not whole ({type(e).__name__}), or of an "
+                         f"older version (commit {ckpt['commit']}); pick another --out") from e
     for group, given in zip(opt.param_groups, flags):           # the moments are the run's, these are flags
         group.update(given)
 
@@ -1282,8 +1263,8 @@ class Run:
         return False
 
     def save(self, kind, step, net, ema, opt, guard, **more):
-        model, optimizer = whole_state(net, opt)
-        average = whole_weights(ema, cpu=True) if ema else None
+        model, optimizer = get_state_dict(net, opt, options=ON_THE_FIRST)
+        average = get_model_state_dict(ema, options=ON_THE_FIRST) if ema else None
         if self.ranks.is_main:
             state = {"kind": kind, "step": step, "model": model, "ema": average, "optimizer": optimizer,
                      **more, "skipped": int(guard.skipped), "args": vars(self.args), "commit": commit(),
