@@ -1060,13 +1060,10 @@ def shard(module, units, ranks, args, compile=False):
     fp32. On several nodes shards stay within a node and gradients are averaged across nodes (hybrid
     sharding)."""
     if not dist.is_initialized():                               # one process without torchrun
-        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    shape, names = (ranks.size,), ("shard",)
-    if ranks.size > local:
-        shape, names = (ranks.size // local, local), ("replicate", "shard")
-    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(ranks.device.type, (ranks.size // local, local),
+                            mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if args.dtype == "bf16" else None,
                                   reduce_dtype=torch.float32, cast_forward_inputs=False)      # t stays fp32
     if compile:
