@@ -131,17 +131,13 @@ class Adversary:
         self.disc.requires_grad_(True)
         return loss
 
-    def own_loss(self, img, rec):
+    def backward(self, img, rec):
+        """Of its own loss; -> terms for the log."""
         real, fake = self.disc(torch.cat([img, rec.detach()])).chunk(2)
         # hinge loss (Lim & Ye 2017): real logits above 1, fake logits below -1
         loss = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
-        return loss, {"d": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-
-    def backward(self, img, rec):
-        """-> terms for the log."""
-        loss, terms = self.own_loss(img, rec)
         (loss / self.args.accumulate).backward()
-        return terms
+        return {"d": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
     def step(self):
         for p in self.params:
