@@ -1428,19 +1428,20 @@ def cost(loss, net, checkpointed=()):
     """(forward MACs, bytes of activations kept for the backward pass, fp32) of loss(), with `net` on the meta
     device. MACs are FLOPs / 2 of torch's counter: convolutions and matrix products, as the papers count.
     checkpointed: modules of which all inputs are kept, and at a time one module's activations."""
-    kept, inputs, unit = {}, 0, None                            # kept: storage -> (its unit, bytes)
-    weights = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept, unit = Counter(), None                                # bytes of each unit; None: of all outside
+    seen = {p.untyped_storage()._cdata for p in net.parameters()}       # weights and their views do not count
 
     def pack(x):
         storage = x.untyped_storage()
-        if storage._cdata not in weights:                       # nor views of weights
-            kept[storage._cdata] = unit, storage.nbytes()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept[unit] += storage.nbytes()
         return x
 
     def enter(module, args):
-        nonlocal unit, inputs
+        nonlocal unit
         unit = module
-        inputs += args[0].untyped_storage().nbytes()
+        kept[None] += args[0].untyped_storage().nbytes()
 
     def leave(*_):
         nonlocal unit
@@ -1451,10 +1452,7 @@ def cost(loss, net, checkpointed=()):
     saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
     with FlopCounterMode(display=False) as flops, saved:
         loss()
-    of = Counter()                                              # bytes of each unit, and of all outside
-    for owner, size in kept.values():
-        of[owner] += size
-    return flops.get_total_flops() // 2, of.pop(None, 0) + inputs + max(of.values(), default=0)
+    return flops.get_total_flops() // 2, kept.pop(None, 0) + max(kept.values(), default=0)
 
 
 def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):
