@@ -626,7 +626,10 @@ def open_init(args):
              "--train decoder": args.train == "decoder"}
     source = args.init
     held = [f"{args.out}/{name}" for name in ("ckpt.pt", "ckpt_prev.pt")]
-    if source is None and any(needs.values()) and args.out and any(map(os.path.isfile, held)):
+    source = args.init
+    if source is None and needs:
+        if not any(map(os.path.isfile, held)):
+            raise InputError(f"{needs[0]} needs --init CKPT (the run before it)")
         source = args.out
     if source is None:
         for flag, needed in needs.items():

@@ -187,8 +187,8 @@ class Latents:
     """get_batch(indices, keys) -> raw z (b,c,h,w) float16, y (b,); the mirror image is drawn from (seed,
     key). InputError: a chunk that is read for the first time does not have its checksum."""
 
-    def __init__(self, folder, seed=0, held=None):
-        self.folder, self.seed, self.held = folder, seed, held  # held: the lock of the run that has filled it
+    def __init__(self, folder, seed=0):
+        self.folder, self.seed = folder, seed
         self.manifest = read_json(Path(folder, "manifest.json"))
         self.num_classes = self.manifest["num_classes"]
         chunks = len(self.arrays["done"])
@@ -211,7 +211,7 @@ class Latents:
         return open_arrays(self.folder, self.manifest)
 
     def __getstate__(self):                                     # every process opens the arrays itself
-        return {name: x for name, x in self.__dict__.items() if name not in ("arrays", "held")}
+        return {name: x for name, x in self.__dict__.items() if name != "arrays"}
 
     def get_batch(self, indices, keys):
         indices = np.asarray(indices)
@@ -248,7 +248,6 @@ RANDOM = SimpleNamespace(num_classes=1000, classes=[], scale=1.0)       # in pla
 def cache_latents(args, ae, ranks, data):
     """The images' latents through the ADM crop, encoded where that is not yet done; ranks take chunks in
     turn. Finished chunks are marked, so that a killed run goes on."""
-    folder = args.cache
     numbers = evenly_spaced(data, args.max_images)
     side = args.image_size // ae.config.f
     manifest = {"format": 2,                                    # 1: without checksums
@@ -261,18 +260,20 @@ def cache_latents(args, ae, ranks, data):
                 "num_classes": data.num_classes,
                 "classes": list(data.classes)}
     files = [data.files[i] for i in numbers] if hasattr(data, "files") else []
-    held = problem = None
+    held = problem = None                                       # held: the lock, until all is encoded
     if ranks.is_main:
         try:
             held = open_cache(args, manifest, files)
         except InputError as e:
             problem = e
-    if ranks.any(bool(problem)):
+    if ranks.any(problem is not None):
         raise problem or InputError("--cache: the first rank says why")
     fill_cache(args, ae, ranks, data, numbers)
     if ranks.size > 1:
         dist.barrier()
-    return Latents(folder, args.seed, held)
+    if held:
+        held.close()
+    return Latents(args.cache, args.seed)
 
 
 def open_cache(args, manifest, files):
@@ -362,21 +363,20 @@ def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
     bar = tqdm(total=sum(map(len, order)), desc="caching latents", unit="img", dynamic_ncols=True,
                disable=not ranks.is_main or not chunks)
     for k, rows in chunks.items():
-        plain, mirrored, labels = [], [], []
+        parts = []
         for img, y in itertools.islice(stream, math.ceil(len(rows) / batch_size)):
             img = img.to(ranks.device, non_blocking=True)       # (b,3,H,W)
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=manifest.get("dtype") == "bf16"):
-                plain.append(ae.encode(img).half().cpu())       # (b,c,h,w)
-                mirrored.append(ae.encode(img.flip(3)).half().cpu())
-            labels.append(y)
+                plain, mirrored = (ae.encode(x).half().cpu() for x in (img, img.flip(3)))    # (b,c,h,w) each
+            parts.append((plain, mirrored, y))
             bar.update(len(y))
         with writing("--cache", args.cache):
-            write_chunk(args.cache, k, len(numbers), plain, mirrored, labels)
+            write_chunk(args.cache, k, len(numbers), parts)
     bar.close()
 
 
-def write_chunk(folder, k, n, *parts):
-    plain, mirrored, labels = (torch.cat(batches).numpy() for batches in parts)
+def write_chunk(folder, k, n, parts):
+    plain, mirrored, labels = (torch.cat(batches).numpy() for batches in zip(*parts))
     write_rows(f"{folder}/latents.npy", k * CHUNK, plain)
     write_rows(f"{folder}/latents.npy", k * CHUNK + n, mirrored)
     write_rows(f"{folder}/labels.npy", k * CHUNK, labels)
