@@ -608,14 +608,10 @@ def configure(args, ranks):
 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DCAE(config).parameters())
-    masks = "= c: no masks"
-    if set(args.channels) != {config.c}:
-        masks = f"from {args.channels[0]} to {args.channels[-1]} ({len(set(args.channels))} values)"
     ranks.print0(f"{'evaluating' if args.eval_only else 'training'} {model_name(config)}, "
-                 f"{parameters / 1e6:.1f} M parameters, phase {args.phase}, on {data_name(args)}, "
-                 f"{'/'.join(map(str, args.image_size))} px, global batch {args.batch_size}, c' {masks}, "
-                 f"L1 + {args.lpips:g} LPIPS + {args.gan:g} GAN, lr {args.lr:g}, "
-                 f"{args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
+                 f"{parameters / 1e6:.1f} M parameters, phase {args.phase}, "
+                 f"L1 + {args.lpips:g} LPIPS + {args.gan:g} GAN, {'/'.join(map(str, args.image_size))} px, "
+                 f"{settings_line(args, ranks, config.c)}")
     return config, ae
 
 
@@ -872,8 +868,14 @@ def settle_batch(args, ranks, per_cuda_rank, training=True):
                          f"{ranks.size} x {args.accumulate}")
 
 
-def data_name(args):
-    return "built-in toy images" if args.data == "toy" else args.data
+def settings_line(args, ranks, c):
+    """What both stages say at their start."""
+    data = "built-in toy images" if args.data == "toy" else args.data
+    masks = "no masks"
+    if set(args.channels) != {c}:
+        masks = f"c' from {args.channels[0]} to {args.channels[-1]} ({len(set(args.channels))} values)"
+    return (f"{data}, {masks}, global batch {args.batch_size}, lr {args.lr:g}, "
+            f"{args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
 
 
 # --- Data order -------------------------------------------------------------------------------------------

@@ -34,12 +34,12 @@ import fid
 from ae import (InputError, check_numbers, checksum, evenly_spaced, file_size, fingerprint, lock,
                 open_autoencoder, open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8,
                 write, writing)
-from diffusion import (DROP, MIRROR, MODELS, NOISE, TIME, build, draw_t, forward_macs, gaussian,
+from diffusion import (DROP, MIRROR, MODELS, NOISE, SETTINGS, TIME, build, draw_t, forward_macs, gaussian,
                        training_loss, uniform)
 from sample import generate
-from train_ae import (COUNT, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
-                      draw_channels, ema_update, end_ranks, learning_rate, load_state, loader, loss_names,
-                      parallel, parse_flags, print_estimate, random_batch, sample_numbers, set_lr,
+from train_ae import (COUNT, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, draw_channels,
+                      ema_update, end_ranks, learning_rate, load_state, loader, loss_names, parallel,
+                      parse_flags, print_estimate, random_batch, sample_numbers, set_lr, settings_line,
                       settle_batch, shard, start_ranks, sync_gradients, training_channels, training_flags)
 
 
@@ -517,8 +517,7 @@ def configure(args, ranks):
         args.max_images = args.max_images or (50_000 if toy else None)
         if args.cache is None:
             home = args.ae if os.path.isdir(args.ae) else f"out/latents-{fingerprint(ae)[:8]}"
-            data = "toy" if toy else os.path.basename(os.path.abspath(args.data))
-            args.cache = f"{home}/latents-{data}-{args.image_size}"
+            args.cache = f"{home}/latents-{os.path.basename(os.path.abspath(args.data))}-{args.image_size}"
     return ae, c, size
 
 
@@ -544,8 +543,7 @@ def open_latent_space(args):
 
 
 def build_network(args, c, size, num_classes):
-    dims = {name: getattr(args, name) for name in ("depth", "hidden", "heads")}
-    dims = {name: dim for name, dim in dims.items() if dim}
+    dims = {name: getattr(args, name) for name in SETTINGS if getattr(args, name)}
     return build(args.model, c=c, size=size, num_classes=num_classes, patch=args.patch, **dims)
 
 
@@ -560,9 +558,8 @@ def announce(args, ranks, net):
         how = f"augmented: c' from {channels[0]} to {channels[-1]} ({len(set(channels))} values)"
     source = f" of {args.ae}" if args.ae else ""
     ranks.print0(f"training {args.model}, {million:.1f} M parameters, {gmacs:.2f} GMACs, "
-                 f"on latents {c}x{size}x{size}{source}, {data_name(args)}, "
-                 f"{net.config['num_classes']} classes, global batch {args.batch_size}, {how}, "
-                 f"lr {args.lr:g}, {args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
+                 f"{net.config['num_classes']} classes, latents {c}x{size}x{size}{source}, "
+                 f"{settings_line(args, ranks, c)}")
 
 
 def dry_run(args, ranks, c, size):
