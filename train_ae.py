@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -1383,18 +1383,19 @@ def draw_curves(folder):
     for line in read_log(folder, "eval.jsonl"):
         psnr = {f"psnr_c{row['c_prime']}": row["psnr"] for row in line["table"]}
         lines.append(psnr | {"step": line["step"]})
-    curves = {}                                                 # name -> [(step, value), ...]
+    curves = defaultdict(list)                                  # name -> [(step, value), ...]
     for line in lines:
         for name, value in line.items():
-            curves.setdefault(name, []).append((line["step"], value))
-    panels = {title: [name for name in curves if re.fullmatch(pattern, name)]
-              for title, pattern in PANELS.items()}
-    panels = {title: names for title, names in panels.items() if names}
+            curves[name].append((line["step"], value))
+    panels = {}
+    for title, pattern in PANELS.items():
+        if names := [name for name in curves if re.fullmatch(pattern, name)]:
+            panels[title] = sorted(names, key=lambda name: (len(name), name))   # by number
     if not panels:
         return
     figure = Figure((6 * len(panels), 4), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for name in sorted(panels[title], key=lambda name: int("0" + re.sub(r"\D", "", name))):
+        for name in panels[title]:
             axes.plot(*zip(*curves[name]), label=name)
         axes.set(title=title, xlabel="step")
         axes.legend()
