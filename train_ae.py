@@ -1171,17 +1171,13 @@ class Run:
             self.trim_logs(-1)
             return None
         file, ckpt = open_weights(self.args.out, ("ckpt.pt", "ckpt_prev.pt"), HUB)
-        if ckpt.get("kind") != kind:
-            raise InputError(f"--out {self.args.out}: holds a checkpoint of kind {ckpt.get('kind')}, not "
-                             f"{kind}; choose another --out")
-        kinds = dict(step=int, skipped=int, args=dict, model=dict, scale=float)
-        if wrong := [name for name, kind in kinds.items() if not isinstance(ckpt.get(name), kind)]:
-            raise InputError(f"--out {self.args.out}: its checkpoint has no usable {', '.join(wrong)}; "
-                             "choose another --out")
-        for name, value in must_match.items():
+        for name, value in {"kind": kind, **must_match}.items():
             if ckpt.get(name) != value:
-                raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; "
-                                 "use the same flags or another --out")
+                raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; {name} "
+                                 f"{ckpt.get(name)!s:.20}, not {value!s:.20}; same flags, or another --out")
+        for name, type_ in dict(step=int, skipped=int, args=dict, scale=float).items():
+            if not isinstance(ckpt.get(name), type_):
+                raise InputError(f"--out {self.args.out}: its checkpoint has no usable {name}; another --out")
         self.saved = ckpt["step"]
         self.trim_logs(self.saved)
         if self.ranks.size > 1:
