@@ -144,19 +144,16 @@ class Adversary:
             self.ranks.mean(p.grad)
         self.guard.step(self.opt, self.params, self.args.clip)
 
+    def state(self):
+        """What a checkpoint holds of it."""
+        return {"disc": self.disc.state_dict(), "disc_optimizer": self.opt.state_dict()}
+
     def load(self, ckpt):
         if not ckpt["disc"]:
             raise InputError(f"--gan: the run in {self.args.out} has no discriminator; "
                              "name it by --init, and another --out")
         self.disc.load_state_dict(ckpt["disc"])
         self.opt.load_state_dict(ckpt["disc_optimizer"])
-
-
-def adversary_state(adversary):
-    """What a checkpoint holds of it, or that there is none."""
-    if adversary is None:
-        return {"disc": None, "disc_optimizer": None}
-    return {"disc": adversary.disc.state_dict(), "disc_optimizer": adversary.opt.state_dict()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -277,7 +274,7 @@ def train(args, ranks, config, ae):
             if run.may_save(done, guard, forward, img, mask):
                 z_square = ranks.mean(z_square)                 # ranks saw different images
                 run.save("ae", done, ae, ema, opt, guard, **must_match, scale=float(z_square.rsqrt()),
-                         z_square=z_square.cpu(), **adversary_state(adversary))
+                         z_square=z_square.cpu(), **(adversary.state() if adversary else {"disc": None}))
         if stop:
             break
         if run.due(done, args.eval_every):
@@ -685,23 +682,22 @@ def default_out(args, config):
 
 
 def meta_cost(config, args):
-    """(forward MACs, activation bytes, network, names of its trainable tensors) of one image, without memory
-    for it."""
+    """(forward MACs, activation bytes, network) of one image, without memory for it."""
     with torch.device("meta"):
         ae = DCAE(config)
         img = torch.empty(1, config.in_channels, args.size, args.size)
         mask = torch.empty(1, config.c, 1, 1)
-    trainable = select_trainable(ae, args.phase, args.train)
+    select_trainable(ae, args.phase, args.train)
     step = AutoencoderStep(ae)
     units = ae.stages() if args.checkpointing else ()
-    return *cost(lambda: step(img, mask)[0].abs().mean(), ae, units), ae, trainable
+    return *cost(lambda: step(img, mask)[0].abs().mean(), ae, units), ae
 
 
 def dry_run(args, ranks, config):
-    macs, activations, ae, trainable = meta_cost(config, args)
-    tensors = dict(ae.named_parameters())
-    for name in trainable:
-        ranks.print0(f"  trains {name} {tuple(tensors[name].shape)}")
+    macs, activations, ae = meta_cost(config, args)
+    for name, p in ae.named_parameters():
+        if p.requires_grad:
+            ranks.print0(f"  trains {name} {tuple(p.shape)}")
     copies = 2 if args.ema else 1
     return print_estimate(args, ranks, model_name(config), ae, macs, activations, copies)
 
