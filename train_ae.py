@@ -366,9 +366,9 @@ class Evaluation:
         self.scores = {"psnr": fid.psnr, "ssim": fid.ssim}      # of pixels; lpips: of img
         self.extractor = None
         self.open(args.size)
-        asked = args.eval_only or args.features or args.inception != "default"
-        if config.in_channels == 3 and (asked or args.data != "toy"):
-            self.add_networks()
+        named = args.features or args.inception != "default"    # rFID's network
+        if config.in_channels == 3 and (named or args.eval_only or args.data != "toy"):
+            self.add_networks(named)
 
     def open(self, size):
         """The pictures, at `size` px."""
@@ -376,7 +376,7 @@ class Evaluation:
         self.data = open_images(self.args.val or self.args.data, size, seed=self.args.seed)
         self.numbers = evenly_spaced(self.data, self.args.eval_num)
 
-    def add_networks(self):
+    def add_networks(self, named):
         """LPIPS (AlexNet, as the published evaluation) and rFID's network; what cannot be downloaded is named
         and left out."""
         try:
@@ -387,8 +387,8 @@ class Evaluation:
         try:
             self.extractor = fid.load_extractor(self.args.inception, self.args.features, self.ranks.device)
         except InputError as e:
-            if self.args.features or self.args.inception != "default":
-                raise                                           # a file that was asked for
+            if named:
+                raise
             self.ranks.print0(f"rfid left out: {e}")
 
     def fitting(self):
@@ -571,8 +571,7 @@ def parse(argv=None):
             defaults["image_size"] = None
         return defaults
     args = parse_flags(p, recipe, TOY, argv)
-    if args.val and args.val != "toy" and not os.path.exists(args.val):
-        raise InputError(f"--val {args.val}: no such folder")
+    check_folder("val", args.val or "toy")
     size = (1, 2**16)                                           # of widths
     check_numbers(args, image_size=(1, 2**13), f=size, c=size, width=size, widths=size, in_channels=size,
                   depths=(0, 1000), disc_warmup=(0, COUNT), eval_num=(1, COUNT), lpips=(0, LARGE),
@@ -593,13 +592,8 @@ def configure(args, ranks):
     for size in args.image_size:
         if size < 1 or size % config.f:
             raise InputError(f"--image_size {size}: not a multiple of f = {config.f}")
-    if args.lpips and config.in_channels != 3 and not args.eval_only:
-        raise InputError(f"--in_channels {config.in_channels}: LPIPS sees RGB alone; --lpips 0")
-    if len(args.image_size) > 1 and not args.eval_only:
-        raise InputError(f"--image_size {args.image_size}: several sizes only with --eval_only")
-    for flag, smallest in (("gan", 24), ("lpips", 16)):         # their strides
-        if getattr(args, flag) and args.size < smallest and not args.eval_only:
-            raise InputError(f"--image_size {args.size}: --{flag} needs {smallest} px or more; or --{flag} 0")
+    if not args.eval_only:
+        check_training(args, config)
     args.out = args.out or default_out(args, config)
     settle_batch(args, ranks, per_cuda_rank=16, training=not args.eval_only)  # 16: [ours]
 
@@ -612,12 +606,22 @@ def configure(args, ranks):
     return config, ae
 
 
+def check_training(args, config):
+    if args.lpips and config.in_channels != 3:
+        raise InputError(f"--in_channels {config.in_channels}: LPIPS sees RGB alone; --lpips 0")
+    if len(args.image_size) > 1:
+        raise InputError(f"--image_size {args.image_size}: several sizes only with --eval_only")
+    for flag, smallest in (("gan", 24), ("lpips", 16)):         # their strides
+        if getattr(args, flag) and args.size < smallest:
+            raise InputError(f"--image_size {args.size}: --{flag} needs {smallest} px or more; or --{flag} 0")
+
+
 def open_init(args):
     """The autoencoder of --init, or of the run in --out that a later phase or --eval_only goes on with; else
     None."""
     needs = {"--eval_only": args.eval_only, f"--phase {args.phase}": args.phase > 1,
              "--train decoder": args.train == "decoder"}
-    source = args.init
+    needs = [flag for flag, needed in needs.items() if needed]
     held = [f"{args.out}/{name}" for name in ("ckpt.pt", "ckpt_prev.pt")]
     source = args.init
     if source is None and needs:
@@ -625,9 +629,6 @@ def open_init(args):
             raise InputError(f"{needs[0]} needs --init CKPT (the run before it)")
         source = args.out
     if source is None:
-        for flag, needed in needs.items():
-            if needed:
-                raise InputError(f"{flag} needs --init CKPT (the run before it)")
         return None
     ae = DCAE.from_pretrained(source)
     for flag in ("f", "c", "version", "in_channels"):
@@ -635,19 +636,19 @@ def open_init(args):
         if given not in (None, have):
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
     toy = [parse_ints(TOY[flag]) for flag in ("widths", "depths")] if args.toy else []
-    for flag in ("width", "widths", "depths"):
-        if getattr(args, flag) not in (None, *toy):
+    own = {"width": args.width, "widths": args.widths, "depths": args.depths,
+           "no-shortcuts": not args.shortcuts}
+    for flag, given in own.items():
+        if given and given not in toy:
             raise InputError(f"--{flag}: {source} has its own; leave the flag out")
-    if not args.shortcuts:
-        raise InputError(f"--no-shortcuts: {source} says whether it has them; leave the flag out")
     return ae
 
 
 def config_of_flags(args):
     if args.width and args.widths:
         raise InputError(f"--width {args.width}: --widths, which --toy sets, says it too; name only --widths")
-    given = {flag: getattr(args, flag) for flag in ("f", "c", "version", "width", "in_channels")}
-    given = {flag: value for flag, value in given.items() if value is not None}
+    flags = ("f", "c", "version", "width", "in_channels")
+    given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag)}
     return AEConfig(**given, shortcuts=args.shortcuts,
                     encoder_widths=args.widths, decoder_widths=args.widths,
                     encoder_depths=args.depths, decoder_depths=args.depths)
@@ -665,7 +666,7 @@ def default_out(args, config):
     """A folder named after the model, so that two models never share one."""
     if args.eval_only and os.path.isdir(args.init or ""):
         return args.init
-    name = f"out/dc-ae-{config.version}-f{config.f}c{config.c}"
+    name = f"out/{model_name(config)}".lower()
     if args.widths or args.width not in (None, 128):
         name += "-w" + "-".join(map(str, args.widths or [args.width]))
     if args.depths:
@@ -810,8 +811,8 @@ def parse_flags(p, recipe, toy, argv=None):
     check_flags(args)                                           # each stage checks its own
     args.betas = tuple(args.betas)
     if args.bench:                                              # the first steps are not timed
-        args.timed = 20 if torch.cuda.is_available() else 3
-        args.steps = args.timed + (5 if torch.cuda.is_available() else 1)
+        args.timed, warm = (20, 5) if torch.cuda.is_available() else (3, 1)
+        args.steps = args.timed + warm
         args.save_every = args.eval_every = 0
     return args
 
@@ -830,10 +831,13 @@ def check_flags(args):
     if args.wandb:
         import_wandb()
     fid.check_files(args.inception, args.features)
-    if args.data != "toy" and not args.dry_run and not os.path.exists(args.data):
-        raise InputError(f"--data {args.data}: no such folder")
-    if args.out and os.path.exists(args.out) and not os.path.isdir(args.out):
-        raise InputError(f"--out {args.out}: is a file; name a folder")
+    if not args.dry_run:
+        check_folder("data", args.data)
+
+
+def check_folder(flag, path):
+    if path != "toy" and not os.path.exists(path):
+        raise InputError(f"--{flag} {path}: no such folder")
 
 
 def training_channels(args, c, ranks, known=None):

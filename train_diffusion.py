@@ -551,11 +551,7 @@ def announce(args, ranks, net):
     """The model line."""
     million = sum(p.numel() for p in net.parameters()) / 1e6
     gmacs = forward_macs(net) / 1e9
-    channels = args.channels
     c, size = net.config["c"], net.config["size"]
-    how = "not augmented"
-    if set(channels) != {c}:
-        how = f"augmented: c' from {channels[0]} to {channels[-1]} ({len(set(channels))} values)"
     source = f" of {args.ae}" if args.ae else ""
     ranks.print0(f"training {args.model}, {million:.1f} M parameters, {gmacs:.2f} GMACs, "
                  f"{net.config['num_classes']} classes, latents {c}x{size}x{size}{source}, "
