@@ -885,8 +885,23 @@ class Flags(argparse.ArgumentParser):
     def __init__(self, formatter_class=DefaultsHelp, **about):
         super().__init__(formatter_class=formatter_class, **about)
 
+    def add(self, flag, kind, default, help, **more):
+        """kind: of its value; bool: a switch, with a --no- form."""
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        self.add_argument(flag, default=default, help=help, **how, **more)
+
     def error(self, message):
-        raise InputError(f"{' '.join(message.split())[:150]} (--help explains each flag)")
+        message = re.sub(r"argument (--\w+):", r"\1", " ".join(message.split()))
+        raise InputError(f"{message[:150]} (--help explains each flag)")
+
+
+def within(kind, low, high):
+    """The kind of a flag: a number, int or float, that must lie there."""
+    def number(text):
+        if not low <= kind(text) <= high:                               # nor NaN
+            raise argparse.ArgumentTypeError(f"{text}: must lie in {low:g} .. {high:g}")
+        return kind(text)
+    return number
 
 
 def check_numbers(args, **limits):

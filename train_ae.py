@@ -15,7 +15,6 @@ lavinal712/AutoencoderKL branch dc-ae, [ours]. A reader may stop at the rule "Th
 Letters: B images of a batch, b of a micro-batch on a rank, H W pixels, c latent channels, c' = c_prime kept.
 """
 
-import argparse
 import atexit
 import copy
 import itertools
@@ -51,9 +50,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
-from ae import (DCAE, HUB, AEConfig, Flags, InputError, channel_mask, check_numbers, doubling,
-                evenly_spaced, lock, make_folder, open_images, open_weights, parse_channels, save_grid,
-                script, synchronized_time, to_uint8, write_checkpoint, writing)
+from ae import (DCAE, HUB, AEConfig, Flags, InputError, channel_mask, doubling, evenly_spaced, lock,
+                make_folder, open_images, open_weights, parse_channels, save_grid, script,
+                synchronized_time, to_uint8, within, write_checkpoint, writing)
 
 PHASES = {  # defaults of the flags. lr, betas, weight decay: [community]; sizes: [paper]; GAN weight: [ours]
     1: dict(image_size=[256], lr=6.4e-5, betas=(0.9, 0.999), weight_decay=0.1, gan=0.0),
@@ -533,34 +532,37 @@ def evaluate_only(args, ranks, ae):
 
 def parse(argv=None):
     p = training_flags("Train a DC-AE (1.5 with masks, or 1.0): phases 1 to 3, decoder-only, evaluation.")
-    add = p.add_argument
-    add("--val", help="folder of the evaluation; else --data in the evaluation crop (toy: other pictures)")
-    add("--image_size", type=int, nargs="+", help="pixels, a multiple of f; several only with --eval_only, "
-        "which like --train decoder takes the checkpoint's own size")
-    add("--f", type=int, help="spatial compression, 2^k >= 4; without --init 32")
-    add("--c", type=int, help="latent channels; without --init 128")
-    add("--version", choices=["1.5", "1.0"], help="network of DC-AE 1.5 or 1.0; without --init 1.5")
-    add("--in_channels", type=int, help="of the images; without --init 3; others need a data set of yours")
-    add("--width", type=int, help="base width of every stage; without --init 128, the published size")
-    add("--widths", type=parse_ints, help="width of each stage, e.g. 16,32,64,64, in place of --width")
-    add("--depths", type=parse_ints, help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
-    add("--shortcuts", action=argparse.BooleanOptionalAction, default=True,
-        help="residual autoencoding shortcuts; off for the ablation")
-    add("--channels", help="c' of Eq. 1: 16:128:4, 16,32,64 (given twice: drawn twice as often), or one "
-        "number; c alone: no masks. Else the checkpoint's, 16,20,...,c [paper], or with --toy c/8,...,c")
-    add("--phase", type=int, choices=PHASES, default=1,
-        help="1 full training, 2 high-resolution adaptation, 3 GAN refinement")
-    add("--init", help="autoencoder to start from (run folder, file, published name); phases 2 and 3 need it")
-    add("--train", choices=["phase", "all", "decoder"], default="phase",
-        help="which tensors train; decoder leaves the encoder as it is")
-    add("--lpips", type=float, help="weight of LPIPS-VGG [ours]; 0 with built-in images")
-    add("--gan", type=float, help="weight of the PatchGAN hinge loss")
-    add("--disc_warmup", type=int, default=1000, help="steps before the adversarial loss counts [ours]")
-    add("--eval_only", action="store_true", help="evaluate --init or the run in --out: one row per c'")
-    add("--eval_channels", help="rows of the evaluation; else doubling from the smallest c'")
-    add("--eval_num", type=int, help="images; else 1024 in training, with --eval_only all (toy: 2048)")
-    add("--inception", default="default", help="of rFID: default, random or a file, as in fid.py")
-    add("--features", help="of rFID: another feature network, as in fid.py")
+    add = p.add
+    add("--val", str, None,
+        "folder of the evaluation; else --data in the evaluation crop (toy: other pictures)")
+    add("--image_size", within(int, 1, 2**13), None,
+        "pixels, a multiple of f; several only with --eval_only, which like --train decoder takes the "
+        "checkpoint's own size", nargs="+")
+    add("--f", SIZE, None, "spatial compression, 2^k >= 4; without --init 32")
+    add("--c", SIZE, None, "latent channels; without --init 128")
+    add("--version", str, None, "network of DC-AE 1.5 or 1.0; without --init 1.5", choices=["1.5", "1.0"])
+    add("--in_channels", SIZE, None, "of the images; without --init 3; others need a data set of yours")
+    add("--width", SIZE, None, "base width of every stage; without --init 128, the published size")
+    add("--widths", several(SIZE), None, "width of each stage, e.g. 16,32,64,64, in place of --width")
+    add("--depths", several(within(int, 0, 1000)), None,
+        "blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
+    add("--shortcuts", bool, True, "residual autoencoding shortcuts; off for the ablation")
+    add("--channels", str, None,
+        "c' of Eq. 1: 16:128:4, 16,32,64 (given twice: drawn twice as often), or one number; c alone: no "
+        "masks. Else the checkpoint's, 16,20,...,c [paper], or with --toy c/8,...,c")
+    add("--phase", int, 1, "1 full training, 2 high-resolution adaptation, 3 GAN refinement", choices=PHASES)
+    add("--init", str, None,
+        "autoencoder to start from (run folder, file, published name); phases 2 and 3 need it")
+    add("--train", str, "phase",
+        "which tensors train; decoder leaves the encoder as it is", choices=["phase", "all", "decoder"])
+    add("--lpips", WEIGHT, None, "weight of LPIPS-VGG [ours]; 0 with built-in images")
+    add("--gan", WEIGHT, None, "weight of the PatchGAN hinge loss")
+    add("--disc_warmup", COUNT_OR_0, 1000, "steps before the adversarial loss counts [ours]")
+    add("--eval_only", bool, False, "evaluate --init or the run in --out: one row per c'")
+    add("--eval_channels", str, None, "rows of the evaluation; else doubling from the smallest c'")
+    add("--eval_num", COUNT, None, "images; else 1024 in training, with --eval_only all (toy: 2048)")
+    add("--inception", str, "default", "of rFID: default, random or a file, as in fid.py")
+    add("--features", str, None, "of rFID: another feature network, as in fid.py")
     p.set_defaults(steps=200_000, warmup=1000)                  # [ours]
 
     def recipe(args):
@@ -572,10 +574,6 @@ def parse(argv=None):
         return defaults
     args = parse_flags(p, recipe, TOY, argv)
     check_folder("val", args.val or "toy")
-    size = (1, 2**16)                                           # of widths
-    check_numbers(args, image_size=(1, 2**13), f=size, c=size, width=size, widths=size, in_channels=size,
-                  depths=(0, 1000), disc_warmup=(0, COUNT), eval_num=(1, COUNT), lpips=(0, LARGE),
-                  gan=(0, LARGE))
     return args
 
 
@@ -635,7 +633,7 @@ def open_init(args):
         given, have = getattr(args, flag), getattr(ae.config, flag)
         if given not in (None, have):
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
-    toy = [parse_ints(TOY[flag]) for flag in ("widths", "depths")] if args.toy else []
+    toy = [several(int)(TOY[flag]) for flag in ("widths", "depths")] if args.toy else []
     own = {"width": args.width, "widths": args.widths, "depths": args.depths,
            "no-shortcuts": not args.shortcuts}
     for flag, given in own.items():
@@ -652,10 +650,6 @@ def config_of_flags(args):
     return AEConfig(**given, shortcuts=args.shortcuts,
                     encoder_widths=args.widths, decoder_widths=args.widths,
                     encoder_depths=args.depths, decoder_depths=args.depths)
-
-
-def parse_ints(text):
-    return tuple(int(n) for n in text.split(","))
 
 
 def model_name(config):
@@ -758,43 +752,53 @@ def end_ranks():
 # --- Flags ------------------------------------------------------------------------------------------------
 
 
+COUNT, COUNT_OR_0, SIZE = within(int, 1, 2**31), within(int, 0, 2**31), within(int, 1, 2**16)
+WEIGHT, SHARE, ABOVE_0 = within(float, 0, 1e38), within(float, 0, 1 - 1e-9), within(float, 1e-9, 1e38)
+
+
+def several(kind):
+    """Of a flag: such numbers, with commas between them -> tuple."""
+    def numbers(text):
+        return tuple(kind(number) for number in text.split(","))
+    return numbers
+
+
 def training_flags(description):
     """Flags of both trainers. A default of None is filled by the recipe, or by what the text says."""
     cuda = torch.cuda.is_available()
     p = Flags(description=description, usage="%(prog)s [--flag value ...]   (--help explains each)")
-    add = p.add_argument
-    add("--toy", action="store_true", help="small preset that a CPU trains in minutes; flags beside it win")
-    add("--data", default="toy", help="folder of class folders or flat (unconditional), a .zip of it, or toy")
-    add("--out", help="run folder: ckpt.pt, log.jsonl, pictures; else out/ + a name of the model")
-    add("--steps", type=int, help="optimiser steps in total; a larger number goes on from the checkpoint")
-    add("--batch_size", type=int, help="global batch, divisible by ranks x accumulate")
-    add("--accumulate", type=int, default=1, help="micro-batches per step and rank")
-    add("--lr", type=float, help="absolute learning rate, never rescaled")
-    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW")
-    add("--weight_decay", type=float, help="AdamW")
-    add("--warmup", type=int, help="steps of linear warm-up; constant afterwards")
-    add("--cooldown", type=int, default=0, help="the last steps, in which the rate falls linearly to 0")
-    add("--clip", type=float, default=1.0, help="gradient norm clipping; 0: off")
-    add("--ema", type=float, default=0.0, help="decay of an average of the weights, which evaluations and "
-        "all that read the checkpoint use; 0: none")
-    add("--ema_warmup", type=float, default=2000.0, help="steps (time constant) over which that sets in")
-    add("--checkpointing", action="store_true", help="compute what is in a stage or block once more in the "
-        "backward pass: less memory, a third more work")
-    add("--seed", type=int, default=0, help="of weights, data order, noise and c'")
-    add("--dtype", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
-        help="autocast; weights are fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile")
-    add("--save_every", type=int, default=1000, help="steps between checkpoints")
-    add("--eval_every", type=int, default=5000, help="steps between evaluations with pictures; 0: never")
-    add("--log_every", type=int, default=10 if cuda else 1,
-        help="steps between log lines: the only host synchronisation, and where ranks agree to stop")
-    add("--workers", type=int, default=8 if cuda else 0, help="data loader processes per rank")
-    add("--bench", action="store_true", help="time the loop on a random batch; one JSON line, no files")
-    add("--dry_run", action="store_true", help="model, cost, memory; no data, no GPU; one JSON line last")
-    add("--fsdp", action="store_true", help="FSDP2: weights, moments, average sharded over ranks; else DDP")
-    add("--wandb", metavar="PROJECT", help="log lines and pictures go to Weights & Biases too")
-    add("--gpus", type=int, default=8, help="of --dry_run: GPUs, for memory per rank and days")
-    add("--tflops", type=float, default=300.0, help="of --dry_run: sustained TFLOP/s per GPU for the days")
+    add = p.add
+    add("--toy", bool, False, "small preset that a CPU trains in minutes; flags beside it win")
+    add("--data", str, "toy", "folder of class folders or flat (unconditional), a .zip of it, or toy")
+    add("--out", str, None, "run folder: ckpt.pt, log.jsonl, pictures; else out/ + a name of the model")
+    add("--steps", COUNT, None, "optimiser steps in total; a larger number goes on from the checkpoint")
+    add("--batch_size", COUNT, None, "global batch, divisible by ranks x accumulate")
+    add("--accumulate", COUNT, 1, "micro-batches per step and rank")
+    add("--lr", WEIGHT, None, "absolute learning rate, never rescaled")
+    add("--betas", SHARE, None, "AdamW", nargs=2, metavar=("B1", "B2"))
+    add("--weight_decay", WEIGHT, None, "AdamW")
+    add("--warmup", COUNT_OR_0, None, "steps of linear warm-up; constant afterwards")
+    add("--cooldown", COUNT_OR_0, 0, "the last steps, in which the rate falls linearly to 0")
+    add("--clip", WEIGHT, 1.0, "gradient norm clipping; 0: off")
+    add("--ema", SHARE, 0.0,
+        "decay of an average of the weights, which evaluations and all that read the checkpoint use; 0: none")
+    add("--ema_warmup", ABOVE_0, 2000.0, "steps (time constant) over which that sets in")
+    add("--checkpointing", bool, False,
+        "compute what is in a stage or block once more in the backward pass: less memory, a third more work")
+    add("--seed", within(int, 0, 2**63 - 1), 0, "of weights, data order, noise and c'")
+    add("--dtype", str, "bf16" if cuda else "fp32", "autocast; weights are fp32", choices=["bf16", "fp32"])
+    add("--compile", bool, cuda, "torch.compile")
+    add("--save_every", COUNT, 1000, "steps between checkpoints")
+    add("--eval_every", COUNT_OR_0, 5000, "steps between evaluations with pictures; 0: never")
+    add("--log_every", COUNT, 10 if cuda else 1,
+        "steps between log lines: the only host synchronisation, and where ranks agree to stop")
+    add("--workers", within(int, 0, 1024), 8 if cuda else 0, "data loader processes per rank")
+    add("--bench", bool, False, "time the loop on a random batch; one JSON line, no files")
+    add("--dry_run", bool, False, "model, cost, memory; no data, no GPU; one JSON line last")
+    add("--fsdp", bool, False, "FSDP2: weights, moments, average sharded over ranks; else DDP")
+    add("--wandb", str, None, "log lines and pictures go to Weights & Biases too", metavar="PROJECT")
+    add("--gpus", COUNT, 8, "of --dry_run: GPUs, for memory per rank and days")
+    add("--tflops", ABOVE_0, 300.0, "of --dry_run: sustained TFLOP/s per GPU for the days")
     return p
 
 
@@ -808,31 +812,17 @@ def parse_flags(p, recipe, toy, argv=None):
     p.set_defaults(**toy)
     p.set_defaults(**recipe(p.parse_known_args(known)[0]) | toy)
     args = p.parse_args(argv)
-    check_flags(args)                                           # each stage checks its own
+    if args.wandb:
+        import_wandb()
+    fid.check_files(args.inception, args.features)
+    if not args.dry_run:
+        check_folder("data", args.data)
     args.betas = tuple(args.betas)
     if args.bench:                                              # the first steps are not timed
         args.timed, warm = (20, 5) if torch.cuda.is_available() else (3, 1)
         args.steps = args.timed + warm
         args.save_every = args.eval_every = 0
     return args
-
-
-COUNT, LARGE, MAX_SHARE = 2**31, 1e38, 1 - 1e-9                 # the highest that a flag may be [ours]
-
-
-def check_flags(args):
-    check_numbers(
-        args,
-        **dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "log_every", "gpus"), (1, COUNT)),
-        **dict.fromkeys(("warmup", "cooldown", "eval_every"), (0, COUNT)),
-        **dict.fromkeys(("lr", "weight_decay", "clip"), (0, LARGE)),
-        betas=(0, MAX_SHARE), ema=(0, MAX_SHARE), ema_warmup=(1e-9, LARGE), seed=(0, 2**63 - 1),
-        workers=(0, 1024), tflops=(1e-9, LARGE))
-    if args.wandb:
-        import_wandb()
-    fid.check_files(args.inception, args.features)
-    if not args.dry_run:
-        check_folder("data", args.data)
 
 
 def check_folder(flag, path):

@@ -11,7 +11,6 @@ Ranks, data order, guard, checkpoints and log are train_ae.py's, in its second h
 Letters: B images of a batch, b of a micro-batch on a rank, c latent channels, c' = c_prime kept, (h, w) grid.
 """
 
-import argparse
 import copy
 import functools
 import hashlib
@@ -31,13 +30,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fid
-from ae import (InputError, check_numbers, checksum, evenly_spaced, file_size, fingerprint, lock,
-                open_autoencoder, open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8,
-                write, writing)
+from ae import (InputError, checksum, evenly_spaced, file_size, fingerprint, lock, open_autoencoder,
+                open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8, within, write,
+                writing)
 from diffusion import (DROP, MIRROR, MODELS, NOISE, SETTINGS, TIME, build, draw_t, forward_macs, gaussian,
                        training_loss, uniform)
 from sample import generate
-from train_ae import (COUNT, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, draw_channels,
+from train_ae import (COUNT, SHARE, SIZE, Guard, Run, Stream, adamw, autocast, batches, cost, draw_channels,
                       ema_update, end_ranks, learning_rate, load_state, loader, loss_names, parallel,
                       parse_flags, print_estimate, random_batch, sample_numbers, set_lr, settings_line,
                       settle_batch, shard, start_ranks, sync_gradients, training_channels, training_flags)
@@ -462,38 +461,37 @@ def sample_latents(run, ema, labels, index=None):
 
 def parse(argv=None):
     p = training_flags("Train a diffusion model on autoencoder latents, with augmented diffusion training.")
-    add = p.add_argument
-    add("--ae", help="autoencoder: run folder, file, published name, or a diffusers AutoencoderKL folder")
-    add("--model", default="USiT-H", help="one of " + ", ".join(MODELS))
-    add("--patch", type=int, default=1, help="patch size; 1 for DC-AE latents, 2 for f8 autoencoders")
-    add("--image_size", type=int, help="pixels; else the autoencoder's training size")
-    add("--channels", help="c' of Eq. 2: 16:128:4, 16,32,64, or one number. Else 16,20,...,c [paper], or "
-        "with --toy c/8,c/4,c/2,c")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="augmented diffusion training (Eq. 2); --no-augment: ordinary, whatever --channels says")
-    add("--depth", type=int, help="in place of the model's depth")
-    add("--hidden", type=int, help="in place of the model's width")
-    add("--heads", type=int, help="in place of the model's heads")
-    add("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null label")
-    add("--cache", help="folder of cached latents; else in the autoencoder's run folder, or under out/")
-    add("--max_images", type=int, help="use so many images, evenly spaced; built-in images: 50,000")
-    add("--fid", metavar="REFERENCE", help="with every preview, score samples against this folder or .npz")
-    add("--fid_num", type=int, default=10_000, help="samples of that score, divisible by the ranks")
-    add("--inception", default="default", help="its network: default, random or a file, as in fid.py")
-    add("--features", help="its network: an exported one, as in fid.py")
-    add("--c", type=int, help="latent channels of --bench and --dry_run without --ae")
-    add("--size", type=int, help="latent side of --bench and --dry_run without --ae")
+    add = p.add
+    add("--ae", str, None,
+        "autoencoder: run folder, file, published name, or a diffusers AutoencoderKL folder")
+    add("--model", str, "USiT-H", "one of " + ", ".join(MODELS))
+    add("--patch", within(int, 1, 64), 1, "patch size; 1 for DC-AE latents, 2 for f8 autoencoders")
+    add("--image_size", SIZE, None, "pixels; else the autoencoder's training size")
+    add("--channels", str, None,
+        "c' of Eq. 2: 16:128:4, 16,32,64, or one number. Else 16,20,...,c [paper], or with --toy "
+        "c/8,c/4,c/2,c")
+    add("--augment", bool, True,
+        "augmented diffusion training (Eq. 2); --no-augment: ordinary, whatever --channels says")
+    add("--depth", within(int, 1, 1000), None, "in place of the model's depth")
+    add("--hidden", SIZE, None, "in place of the model's width")
+    add("--heads", SIZE, None, "in place of the model's heads")
+    add("--label_dropout", SHARE, 0.1, "share of labels replaced by the null label")
+    add("--cache", str, None, "folder of cached latents; else in the autoencoder's run folder, or under out/")
+    add("--max_images", COUNT, None, "use so many images, evenly spaced; built-in images: 50,000")
+    add("--fid", str, None,
+        "with every preview, score samples against this folder or .npz", metavar="REFERENCE")
+    add("--fid_num", within(int, 2, 2**31), 10_000, "samples of that score, divisible by the ranks")
+    add("--inception", str, "default", "its network: default, random or a file, as in fid.py")
+    add("--features", str, None, "its network: an exported one, as in fid.py")
+    add("--c", SIZE, None, "latent channels of --bench and --dry_run without --ae")
+    add("--size", SIZE, None, "latent side of --bench and --dry_run without --ae")
     p.set_defaults(steps=500_000, clip=0.0, ema=0.9999)         # no clipping [DC-Gen]
 
     def recipe(args):
         if args.model not in MODELS:
             raise InputError(f"--model {args.model}: unknown; one of {', '.join(MODELS)}")
         return RECIPES[args.model.split("-")[0]]
-    args = parse_flags(p, recipe, TOY, argv)
-    side = (1, 2**16)
-    check_numbers(args, label_dropout=(0, MAX_SHARE), patch=(1, 64), image_size=side, c=side, size=side,
-                  hidden=side, heads=side, depth=(1, 1000), max_images=(1, COUNT), fid_num=(2, COUNT))
-    return args
+    return parse_flags(p, recipe, TOY, argv)
 
 
 def configure(args, ranks):
