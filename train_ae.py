@@ -488,13 +488,13 @@ def knn_accuracy(features, labels, k=10, temperature=0.07):
     exp(cosine / temperature): structure as a number [DC-Gen's evaluation]."""
     unit = F.normalize(features.float(), dim=1)
     right = 0
-    for i, rows in enumerate(unit.split(1000)):
-        cosine = rows @ unit.T                                  # (1000,N)
-        cosine[torch.arange(len(rows)), 1000 * i + torch.arange(len(rows))] = -math.inf     # not itself
+    for start in range(0, len(unit), 1000):
+        cosine = unit[start:start + 1000] @ unit.T              # (1000,N)
+        cosine[:, start:].fill_diagonal_(-math.inf)             # not itself
         near, index = cosine.topk(k)
-        votes = torch.zeros(len(rows), int(labels.max()) + 1)
+        votes = torch.zeros(len(cosine), labels.max() + 1)
         votes.scatter_add_(1, labels[index], (near / temperature).exp())
-        right += (votes.argmax(1) == labels[1000 * i:][:1000]).sum().item()
+        right += (votes.argmax(1) == labels[start:start + 1000]).sum().item()
     return right / len(labels)
 
 
@@ -547,9 +547,6 @@ def parse(argv=None):
     add("--depths", several(within(int, 0, 1000)), None,
         "blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
     add("--shortcuts", bool, True, "residual autoencoding shortcuts; off for the ablation")
-    add("--channels", str, None,
-        "c' of Eq. 1: 16:128:4, 16,32,64 (given twice: drawn twice as often), or one number; c alone: no "
-        "masks. Else the checkpoint's, 16,20,...,c [paper], or with --toy c/8,...,c")
     add("--phase", int, 1, "1 full training, 2 high-resolution adaptation, 3 GAN refinement", choices=PHASES)
     add("--init", str, None,
         "autoencoder to start from (run folder, file, published name); phases 2 and 3 need it")
@@ -561,8 +558,6 @@ def parse(argv=None):
     add("--eval_only", bool, False, "evaluate --init or the run in --out: one row per c'")
     add("--eval_channels", str, None, "rows of the evaluation; else doubling from the smallest c'")
     add("--eval_num", COUNT, None, "images; else 1024 in training, with --eval_only all (toy: 2048)")
-    add("--inception", str, "default", "of rFID: default, random or a file, as in fid.py")
-    add("--features", str, None, "of rFID: another feature network, as in fid.py")
     p.set_defaults(steps=200_000, warmup=1000)                  # [ours]
 
     def recipe(args):
@@ -723,9 +718,20 @@ class Ranks:
         """Whether a rank says so."""
         return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
+    def wait(self):
+        """For all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
     def print0(self, text):
         if self.is_main:
             tqdm.write(text)
+
+    def print_line(self, line):
+        """One of JSON, with four decimal places; returns it."""
+        line = {name: round(x, 4) if isinstance(x, float) else x for name, x in line.items()}
+        self.print0(json.dumps(line))
+        return line
 
 
 def start_ranks():
@@ -792,6 +798,11 @@ def training_flags(description):
     add("--eval_every", COUNT_OR_0, 5000, "steps between evaluations with pictures; 0: never")
     add("--log_every", COUNT, 10 if cuda else 1,
         "steps between log lines: the only host synchronisation, and where ranks agree to stop")
+    add("--channels", str, None,
+        "c' of Eqs. 1 and 2: 16:128:4, 16,32,64 (given twice: drawn twice as often), or one number; c alone: "
+        "no masks. Else those of --init, 16,20,...,c [paper], or with --toy c/8,...,c")
+    add("--inception", str, "default", "of rFID and --fid: default, random or a file, as in fid.py")
+    add("--features", str, None, "of rFID and --fid: another feature network, as in fid.py")
     add("--workers", within(int, 0, 1024), 8 if cuda else 0, "data loader processes per rank")
     add("--bench", bool, False, "time the loop on a random batch; one JSON line, no files")
     add("--dry_run", bool, False, "model, cost, memory; no data, no GPU; one JSON line last")
@@ -1170,8 +1181,7 @@ class Run:
                 raise InputError(f"--out {self.args.out}: its checkpoint has no usable {name}; another --out")
         self.saved = ckpt["step"]
         self.trim_logs(self.saved)
-        if self.ranks.size > 1:
-            dist.barrier()                                      # every rank has read it
+        self.ranks.wait()                                       # every rank has read it
         if file.name == "ckpt_prev.pt" and self.ranks.is_main:
             if os.path.exists(last):
                 os.replace(last, f"{self.args.out}/ckpt_damaged.pt")
@@ -1255,8 +1265,7 @@ class Run:
                      "torch": str(torch.__version__)}
             write_checkpoint(state, f"{self.args.out}/ckpt.pt", keep=f"{self.args.out}/ckpt_prev.pt")
         self.saved = step
-        if self.ranks.size > 1:
-            dist.barrier()
+        self.ranks.wait()
 
     def steps(self, start_step):
         """Counts steps under a progress bar."""
@@ -1333,15 +1342,12 @@ class Run:
         if cuda:
             device, gib = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
             peak = 989 if re.search("H[12]00", device) else None    # TFLOP/s, H100 and H200 [data sheet]
-        line = {"model": name, "img_per_s": round(args.batch_size / seconds, 3),
-                "step_ms": round(seconds * 1e3, 3), "tflops": round(tflops, 3),
-                "share_of_peak": peak and round(tflops / peak, 4), "peak_gib": round(gib, 3)}
-        line |= {**facts, "batch_size": args.batch_size, "dtype": args.dtype, "compile": args.compile,
-                 "ranks": self.ranks.size, "device": device, "torch": str(torch.__version__),
-                 "python": sys.version.split()[0], "commit": commit()}
-        if self.ranks.is_main:
-            print(json.dumps(line))
-        return line
+        return self.ranks.print_line({
+            "model": name, "img_per_s": args.batch_size / seconds, "step_ms": seconds * 1e3,
+            "tflops": tflops, "share_of_peak": peak and tflops / peak, "peak_gib": gib, **facts,
+            "batch_size": args.batch_size, "dtype": args.dtype, "compile": args.compile,
+            "ranks": self.ranks.size, "device": device, "torch": str(torch.__version__),
+            "python": sys.version.split()[0], "commit": commit()})
 
 
 def read_log(folder, name):
@@ -1461,13 +1467,10 @@ def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):
         memory += activation_bytes * micro_batch
     flops = 3 * 2 * macs * args.batch_size * args.steps         # backward = 2 x forward
     days = flops / (args.gpus * args.tflops * 1e12) / 86400
-    line = {"model": name, "parameters": parameters, "trainable": trainable,
-            "forward_gmacs": round(macs / 1e9, 4), "memory_gib_per_rank": round(memory / 2**30, 3),
-            "batch_size": args.batch_size, "steps": args.steps, "gpus": args.gpus,
-            "tflops_per_gpu": args.tflops, "days": round(days, 4)}
-    if ranks.is_main:
-        print(json.dumps(line))
-    return line
+    return ranks.print_line({
+        "model": name, "parameters": parameters, "trainable": trainable, "forward_gmacs": macs / 1e9,
+        "memory_gib_per_rank": memory / 2**30, "batch_size": args.batch_size, "steps": args.steps,
+        "gpus": args.gpus, "tflops_per_gpu": args.tflops, "days": days})
 
 
 if __name__ == "__main__":

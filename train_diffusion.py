@@ -26,7 +26,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import fid
@@ -268,8 +267,7 @@ def cache_latents(args, ae, ranks, data):
     if ranks.any(problem is not None):
         raise problem or InputError("--cache: the first rank says why")
     fill_cache(args, ae, ranks, data, numbers)
-    if ranks.size > 1:
-        dist.barrier()
+    ranks.wait()
     if held:
         held.close()
     return Latents(args.cache, args.seed)
@@ -467,9 +465,6 @@ def parse(argv=None):
     add("--model", str, "USiT-H", "one of " + ", ".join(MODELS))
     add("--patch", within(int, 1, 64), 1, "patch size; 1 for DC-AE latents, 2 for f8 autoencoders")
     add("--image_size", SIZE, None, "pixels; else the autoencoder's training size")
-    add("--channels", str, None,
-        "c' of Eq. 2: 16:128:4, 16,32,64, or one number. Else 16,20,...,c [paper], or with --toy "
-        "c/8,c/4,c/2,c")
     add("--augment", bool, True,
         "augmented diffusion training (Eq. 2); --no-augment: ordinary, whatever --channels says")
     add("--depth", within(int, 1, 1000), None, "in place of the model's depth")
@@ -481,8 +476,6 @@ def parse(argv=None):
     add("--fid", str, None,
         "with every preview, score samples against this folder or .npz", metavar="REFERENCE")
     add("--fid_num", within(int, 2, 2**31), 10_000, "samples of that score, divisible by the ranks")
-    add("--inception", str, "default", "its network: default, random or a file, as in fid.py")
-    add("--features", str, None, "its network: an exported one, as in fid.py")
     add("--c", SIZE, None, "latent channels of --bench and --dry_run without --ae")
     add("--size", SIZE, None, "latent side of --bench and --dry_run without --ae")
     p.set_defaults(steps=500_000, clip=0.0, ema=0.9999)         # no clipping [DC-Gen]
