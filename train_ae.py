@@ -844,12 +844,9 @@ def check_folder(flag, path):
 def training_channels(args, c, ranks, known=None):
     """The list that c' is drawn from: --channels, else the checkpoint's, the toy preset's short one, or the
     paper's."""
-    if args.channels is not None:
-        channels = parse_channels(args.channels, c)
-    elif known:
-        channels = known
-    else:
-        channels = doubling(c) if args.toy else parse_channels(None, c)
+    channels = parse_channels(args.channels, c)
+    if args.channels is None and (known or args.toy):
+        channels = known or doubling(c)
     if channels[-1] < c:
         ranks.print0(f"--channels ends at {channels[-1]} of {c}: the channels behind it never train")
     return channels
@@ -1309,8 +1306,8 @@ class Run:
         line = {"step": done, **terms, **facts, **self.facts, "skipped": int(guard.skipped),
                 "img_per_s": float(f"{speed:.4g}"), "wait": round(self.wait / seconds, 3)}
         self.append("log.jsonl", line)
-        text = f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}"
-        text += f", skipped {line['skipped']}" if line["skipped"] else ""
+        text = (f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}, "
+                f"skipped {line['skipped']}")
         self.bar.set_postfix_str(text, refresh=done == self.start_step + 1)
         self.sums, self.wait, self.since, self.logged = {}, 0.0, time.time(), done
         self.stop = self.ranks.any(self.signalled)

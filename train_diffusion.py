@@ -356,9 +356,9 @@ def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
     chunks = {k: numbers[k * CHUNK:(k + 1) * CHUNK] for k in range(ranks.rank, len(done), ranks.size)
               if not done[k]}
     order = [rows[i:i + batch_size] for rows in chunks.values() for i in range(0, len(rows), batch_size)]
-    stream = iter(loader(Stream(data), order, args.workers, ranks.device))
-    bar = tqdm(total=sum(map(len, order)), desc="caching latents", unit="img", dynamic_ncols=True,
-               disable=not ranks.is_main or not chunks)
+    stream = loader(Stream(data), order, args.workers, ranks.device)
+    stream = iter(tqdm(stream, desc="caching latents", unit="batch", dynamic_ncols=True,
+                       disable=not ranks.is_main or not chunks))
     for k, rows in chunks.items():
         parts = []
         for img, y in itertools.islice(stream, math.ceil(len(rows) / batch_size)):
@@ -366,10 +366,8 @@ def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=manifest.get("dtype") == "bf16"):
                 plain, mirrored = (ae.encode(x).half().cpu() for x in (img, img.flip(3)))    # (b,c,h,w) each
             parts.append((plain, mirrored, y))
-            bar.update(len(y))
         with writing("--cache", args.cache):
             write_chunk(args.cache, k, len(numbers), parts)
-    bar.close()
 
 
 def write_chunk(folder, k, n, parts):
@@ -483,7 +481,8 @@ def parse(argv=None):
     def recipe(args):
         if args.model not in MODELS:
             raise InputError(f"--model {args.model}: unknown; one of {', '.join(MODELS)}")
-        return RECIPES[args.model.split("-")[0]]
+        max_images = 50_000 if args.data == "toy" else None
+        return RECIPES[args.model.split("-")[0]] | {"max_images": max_images}
     return parse_flags(p, recipe, TOY, argv)
 
 
@@ -504,8 +503,6 @@ def configure(args, ranks):
         args.out = f"out/{args.model}{patch}-{f}c{c}x{size}{plain}"
     if ae:
         ae.to(ranks.device).requires_grad_(False)
-        toy = args.data == "toy"
-        args.max_images = args.max_images or (50_000 if toy else None)
         if args.cache is None:
             home = args.ae if os.path.isdir(args.ae) else f"out/latents-{fingerprint(ae)[:8]}"
             args.cache = f"{home}/latents-{os.path.basename(os.path.abspath(args.data))}-{args.image_size}"
