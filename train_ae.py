@@ -546,7 +546,7 @@ def parse(argv=None):
     add("--widths", several(SIZE), None, "width of each stage, e.g. 16,32,64,64, in place of --width")
     add("--depths", several(within(int, 0, 1000)), None,
         "blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
-    add("--shortcuts", bool, True, "residual autoencoding shortcuts; off for the ablation")
+    add("--shortcuts", bool, None, "residual autoencoding shortcuts; off for the ablation")
     add("--phase", int, 1, "1 full training, 2 high-resolution adaptation, 3 GAN refinement", choices=PHASES)
     add("--init", str, None,
         "autoencoder to start from (run folder, file, published name); phases 2 and 3 need it")
@@ -576,7 +576,7 @@ def configure(args, ranks):
     """Settle what depends on the network, check it, say it in a line. Returns (config, the autoencoder of
     --init)."""
     ae = open_init(args)
-    config, info = (ae.config, ae.info) if ae else (config_of_flags(args), {})
+    config, info = (ae.config, ae.info) if ae else (AEConfig(**config_of_flags(args)), {})
     args.channels = training_channels(args, config.c, ranks, info.get("channels"))
     args.image_size = args.image_size or [info.get("image_size") or PHASES[args.phase]["image_size"][0]]
     args.size = args.image_size[0]
@@ -624,27 +624,22 @@ def open_init(args):
     if source is None:
         return None
     ae = DCAE.from_pretrained(source)
-    for flag in ("f", "c", "version", "in_channels"):
-        given, have = getattr(args, flag), getattr(ae.config, flag)
-        if given not in (None, have):
+    for name, given in config_of_flags(args).items():
+        have, flag = getattr(ae.config, name), re.sub("(en|de)coder_", "", name)
+        if given != have:
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
-    toy = [several(int)(TOY[flag]) for flag in ("widths", "depths")] if args.toy else []
-    own = {"width": args.width, "widths": args.widths, "depths": args.depths,
-           "no-shortcuts": not args.shortcuts}
-    for flag, given in own.items():
-        if given and given not in toy:
-            raise InputError(f"--{flag}: {source} has its own; leave the flag out")
     return ae
 
 
 def config_of_flags(args):
+    """The entries of a network's configuration that flags name."""
     if args.width and args.widths:
         raise InputError(f"--width {args.width}: --widths, which --toy sets, says it too; name only --widths")
-    flags = ("f", "c", "version", "width", "in_channels")
-    given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag)}
-    return AEConfig(**given, shortcuts=args.shortcuts,
-                    encoder_widths=args.widths, decoder_widths=args.widths,
-                    encoder_depths=args.depths, decoder_depths=args.depths)
+    flags = ("f", "c", "version", "width", "in_channels", "shortcuts")
+    given = {flag: getattr(args, flag) for flag in flags}
+    given |= dict.fromkeys(("encoder_widths", "decoder_widths"), args.widths)
+    given |= dict.fromkeys(("encoder_depths", "decoder_depths"), args.depths)
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def model_name(config):
