@@ -614,7 +614,7 @@ def open_init(args):
     None."""
     needs = {"--eval_only": args.eval_only, f"--phase {args.phase}": args.phase > 1,
              "--train decoder": args.train == "decoder"}
-    needs = [flag for flag, needed in needs.items() if needed]
+    needs = [flag for flag in needs if needs[flag]]
     held = [f"{args.out}/{name}" for name in ("ckpt.pt", "ckpt_prev.pt")]
     source = args.init
     if source is None and needs:
@@ -982,7 +982,7 @@ def ema_update(ema, net, decay, warmup, step, taken):
     """ema <- ema + (1 - d) (net - ema), d = decay (1 - exp(-step / warmup)), step from 1 [DC-Gen: 0.9999,
     2000]. `taken` is 0.0 on the device where the step was skipped."""
     average, weights = list(ema.parameters()), list(net.parameters())
-    if is_sharded(net):                                         # FSDP2: each rank its own shards
+    if hasattr(weights[0], "to_local"):                         # FSDP2: each rank its own shards
         average, weights = [e.to_local() for e in average], [p.to_local() for p in weights]
     rate = (1 - decay * (1 - math.exp(-step / warmup))) * taken
     torch._foreach_lerp_(average, weights, [rate.to(average[0].dtype)] * len(weights))
@@ -1091,10 +1091,6 @@ def load_state(module, opt, ckpt, args, ema=None):
                          f"older version (commit {ckpt['commit']}); pick another --out") from e
     for group, given in zip(opt.param_groups, flags):           # the moments are the run's, these are flags
         group.update(given)
-
-
-def is_sharded(module):
-    return any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
 # --- A run ------------------------------------------------------------------------------------------------
@@ -1326,14 +1322,13 @@ class Run:
     def bench_line(self, name, macs, **facts):
         """Of the last steps; share_of_peak counts 3 x forward MACs against the chip's dense bf16 data-sheet
         rate."""
-        args, cuda = self.args, self.ranks.device.type == "cuda"
+        args = self.args
         seconds = (self.until - self.since) / args.timed
         tflops = 3 * 2 * macs * args.batch_size / self.ranks.size / seconds / 1e12
-        device, peak = "cpu", None
-        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if cuda:
+        device, gib = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if self.ranks.device.type == "cuda":
             device, gib = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
-            peak = 989 if re.search("H[12]00", device) else None    # TFLOP/s, H100 and H200 [data sheet]
+        peak = 989 if re.search("H[12]00", device) else None    # TFLOP/s, H100 and H200 [data sheet]
         return self.ranks.print_line({
             "model": name, "img_per_s": args.batch_size / seconds, "step_ms": seconds * 1e3,
             "tflops": tflops, "share_of_peak": peak and tflops / peak, "peak_gib": gib, **facts,
