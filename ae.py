@@ -904,16 +904,6 @@ def within(kind, low, high):
     return number
 
 
-def check_numbers(args, **limits):
-    """limits: flag=(lowest, highest), for a number or several; None, not given, is fine. InputError outside,
-    and for NaN."""
-    for flag, (low, high) in limits.items():
-        given = getattr(args, flag)
-        for number in given if isinstance(given, (list, tuple)) else [given]:
-            if number is not None and not low <= number <= high:
-                raise InputError(f"--{flag} {number}: must lie in {low:g} .. {high:g}")
-
-
 def synchronized_time():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -1494,11 +1484,11 @@ def main(argv=None):
     p.add_argument("--ckpt", required=True, help="run folder, checkpoint, published name or folder")
     p.add_argument("--ckpt2", help="a second one, drawn beside it (structured and unstructured, say)")
     p.add_argument("--channels", help="the c' to show, like 16,32,64,128 (default: c/8, c/4, c/2, c)")
-    p.add_argument("--image_size", type=int, help="centre-crop to this size first (default: as they are)")
+    p.add_argument("--image_size", type=within(int, 1, 2**13),
+                   help="centre-crop to this size first (default: as they are)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--out", required=True, help="folder for the PNGs")
     args = p.parse_args(argv)
-    check_numbers(args, image_size=(1, 2**13))
     check_device(args.device)
     for path in args.images:
         if path != "toy" and not os.path.isfile(path):
