@@ -131,6 +131,7 @@ def sides(size):
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
+@torch.no_grad()
 def forward_macs(net):
     """Multiply-adds of one latent's forward pass, as torch counts them (without memory). net: or its
     config."""
