@@ -888,17 +888,23 @@ class Flags(argparse.ArgumentParser):
     def __init__(self, formatter_class=DefaultsHelp, **about):
         super().__init__(formatter_class=formatter_class, **about)
 
+    def add(self, flag, kind, default, help, **more):
+        """kind: of its value; bool: a switch, with a --no- form."""
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        self.add_argument(flag, default=default, help=help, **how, **more)
+
     def error(self, message):
-        raise InputError(f"{' '.join(message.split())[:150]} (--help explains each flag)")
+        message = re.sub(r"argument (--\w+):", r"\1", " ".join(message.split()))
+        raise InputError(f"{message[:150]} (--help explains each flag)")
 
 
-def check_numbers(args, **limits):
-    """limits: flag=(lowest, highest), for a number or several; None, not given, is fine. InputError outside,
-    and for NaN."""
-    for flag, (low, high) in limits.items():
-        for number in np.ravel(getattr(args, flag)):
-            if number is not None and not low <= number <= high:
-                raise InputError(f"--{flag} {number}: must lie in {low:g} .. {high:g}")
+def within(kind, low, high):
+    """The kind of a flag: a number, int or float, that must lie there."""
+    def number(text):
+        if not low <= kind(text) <= high:                               # nor NaN
+            raise argparse.ArgumentTypeError(f"{text}: must lie in {low:g} .. {high:g}")
+        return kind(text)
+    return number
 
 
 def synchronized_time():
@@ -1468,11 +1474,11 @@ def main(argv=None):
     p.add_argument("--ckpt", required=True, help="run folder, checkpoint, published name or folder")
     p.add_argument("--ckpt2", help="a second one, drawn beside it (structured and unstructured, say)")
     p.add_argument("--channels", help="the c' to show, like 16,32,64,128 (default: c/8, c/4, c/2, c)")
-    p.add_argument("--image_size", type=int, help="centre-crop to this size first (default: as they are)")
+    p.add_argument("--image_size", type=within(int, 1, 2**13),
+                   help="centre-crop to this size first (default: as they are)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--out", required=True, help="folder for the PNGs")
     args = p.parse_args(argv)
-    check_numbers(args, image_size=(1, 2**13))
     check_device(args.device)
     for path in args.images:
         if path != "toy" and not os.path.isfile(path):

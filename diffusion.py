@@ -31,8 +31,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from ae import InputError, channel_mask, open_weights, plain_names, splitmix64
+from ae import InputError, channel_mask, open_weights, own_copy, plain_names, splitmix64
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -131,24 +132,16 @@ def sides(size):
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
+@torch.no_grad()
 def forward_macs(net):
-    """Multiply-adds of one latent's forward pass, attention's two products counted. net: or its config."""
-    k = SimpleNamespace(**(net if isinstance(net, dict) else net.config))
-    h, w = sides(k.size)
-    T = h * w // k.patch**2
-    D = k.hidden
-    patch_map = k.c * k.patch**2 * D                                    # from or to the entries of one patch
-    if k.name.startswith("U"):
-        N = T + 2
-        block = 12 * N * D**2 + 2 * N**2 * D
-        skip = 2 * N * D**2
-        return (k.depth + 1) * block + k.depth // 2 * skip + (T + N) * patch_map
-    block = 12 * T * D**2 + 2 * T**2 * D + 6 * D**2
-    time = 256 * D + D**2
-    last = 2 * D**2 + T * patch_map                                     # modulation, linear
-    if k.name.startswith("DiT"):
-        last += T * patch_map                                           # variances
-    return T * patch_map + time + k.depth * block + last
+    """Multiply-adds of one latent's forward pass, as torch counts them (without memory). net: or its
+    config."""
+    config = net if isinstance(net, dict) else net.config
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:
+        net = build(**config)
+        one = torch.zeros(1, dtype=torch.long)
+        net(torch.zeros(1, config["c"], *net.grid), one, one)
+    return flops.get_total_flops() // 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -569,7 +562,8 @@ def from_pretrained(x, name=None, **config):
     """A network in eval mode. x: our checkpoint or run folder; published weights by hub name, folder or file.
 
     Published tensors tell depth, hidden, c, patch, size and num_classes; name ("USiT" or "USiT-H") and config
-    (heads=, size=) tell what they cannot. net.info: what else is known: step, scale, ae, image_size, ..."""
+    (heads=, size=) tell what they cannot. net.info: what else is known of step, scale, ae, ae_hash,
+    image_size, classes."""
     path, content = open_weights(x, FILES, HUB)
     try:
         if "kind" in content:
@@ -579,8 +573,8 @@ def from_pretrained(x, name=None, **config):
         settings.update(config)
         with torch.device("meta"):
             net = build(**settings)
-        check_shapes(net.state_dict(), weights, f"{path}: does not fit {settings['name']}")
-        net.to_empty(device="cpu").load_state_dict(weights)
+        net.load_state_dict({k: own_copy(v) for k, v in weights.items()}, assign=True)
+        net.to("cpu", torch.float32)                                    # raises where one has no data
     except Exception as e:                                              # a stranger's file may hold anything
         line = str(e)
         if path.name not in line:
@@ -590,15 +584,6 @@ def from_pretrained(x, name=None, **config):
     return net.eval()
 
 
-def check_shapes(wanted, given, complaint):
-    wanted = {k: tuple(v.shape) for k, v in wanted.items()}
-    given = {k: tuple(v.shape) for k, v in given.items()}
-    for k in sorted(wanted | given):
-        if given.get(k) != wanted.get(k):
-            found = f"tensor {k[:60]} is {given.get(k, 'missing')}, wanted {wanted.get(k, 'none')}"
-            raise InputError(f"{complaint}: {found}")
-
-
 def read_ours(path, content, name):
     """-> settings for build, weights (the average where there is one), info."""
     if content["kind"] != "diffusion":
@@ -606,13 +591,10 @@ def read_ours(path, content, name):
     held = content["config"]["name"]
     if name and name not in (held, held.split("-")[0]):
         raise InputError(f"{path}: holds a {held}, not the {name} asked for")
-    info = {}
-    for k, v in content.items():
-        if k not in ("config", "model", "ema", "kind") and "opt" not in k:
-            info[k] = v
-    for k, kind in dict(step=int, scale=float, ae=str, ae_hash=str, image_size=int, classes=list).items():
-        value = info.get(k)
-        if value is not None and (type(value) is not kind or k == "scale" and not 0 < value < math.inf):
+    kinds = dict(step=int, scale=float, ae=str, ae_hash=str, image_size=int, classes=list)
+    info = {k: content[k] for k in kinds if content.get(k) is not None}
+    for k, value in info.items():
+        if type(value) is not kinds[k] or k == "scale" and not 0 < value < math.inf:
             raise ValueError(f"{k} is {value!r:.40}")
     return dict(content["config"]), plain_names(content.get("ema") or content["model"]), info
 
@@ -627,20 +609,28 @@ def read_published(path, content, x, name, config):
     if "label_emb.weight" in weights:                                   # U-ViT's own name of the same table
         weights["label_emb.embedding_table.weight"] = weights.pop("label_emb.weight")
     network = "UViT" if "patch_embed.proj.weight" in weights else "DiT"
-    for k, ndim in zip((*KEY_TENSORS[network], "pos_embed"), (4, 2, 2, 3)):
-        if k not in weights or weights[k].ndim != ndim:
+    for k in (*KEY_TENSORS[network], "pos_embed"):
+        if k not in weights:
             raise InputError(f"{path}: neither a DiT nor a class-conditional U-ViT: tensor {k} is missing")
     if network == "UViT" and any(k.startswith("final_layer") for k in weights):
         raise InputError(f"{path}: this U-ViT ends in a 3x3 convolution (final_layer); it is not supported")
 
     hint = hint_of(x, path.parent.name, path.name)
-    first, _, last = (weights[k] for k in KEY_TENSORS[network])
-    _, c, patch, _ = first.shape
+    first, labels, last = (weights[k] for k in KEY_TENSORS[network])
+    hidden, c, patch, _ = first.shape
     sigma = len(last) == 2 * c * patch**2
     family = which_family(path, network, sigma, name, hint.get("family", ""))
-    settings = settings_from(path, weights, network, family, config)
+    tokens = weights["pos_embed"].shape[1] - 2 * (network == "UViT")    # label and time
+    depth = len(set(re.findall(r"\w*blocks\.\d+", " ".join(weights))))
+    settings = {
+        "c": c,
+        "size": patch * square_root(path, tokens, config),
+        "num_classes": len(labels) - 1,
+        "patch": patch,
+        **named_settings(path, family, depth, hidden, config),
+    }
     if family == "SiT" and sigma:
-        weights = without_sigma(weights, c, patch)
+        drop_sigma(weights, c, patch)
     info = {}
     if hint:
         info["image_size"] = int(hint["px"])
@@ -653,68 +643,50 @@ def hint_of(*names):
     """{"ae", "family", "px"} as far as published names tell them."""
     for name in names:
         for rule in PUBLISHED:
-            found = re.search(rule, name, re.I)
-            if found:
+            if found := re.search(rule, name, re.I):
                 return found.groupdict()
     return {}
 
 
 def which_family(path, network, sigma, name, hint):
     """By the tensors, then name=, then a published file name."""
-    if network == "UViT":
-        possible = ["UViT", "USiT"]
-    elif sigma:
-        possible = ["DiT", "SiT"]                                       # original SiTs have unused sigmas
-    else:
-        possible = ["SiT"]
-    if name:
-        family = name.split("-")[0]
-        if family not in possible:
-            are = " or ".join(possible)
-            raise InputError(f"{path}: the tensors are those of a {are}, not of the {name} asked for")
-        return family
+    possible = ["UViT", "USiT"]
+    if network == "DiT":
+        possible = ["DiT", "SiT"] if sigma else ["SiT"]                 # original SiTs have unused sigmas
     for family in possible:
-        if family.lower() == hint.lower():
+        if family.lower() == (name or hint).split("-")[0].lower():
             return family
+    if name:
+        raise InputError(f"{path}: the tensors are those of a {' or '.join(possible)}, not of the {name} "
+                         "asked for")
     if network == "UViT":
         raise InputError(f"{path}: UViT and USiT have the same tensors; say which: "
                          'name="UViT" or name="USiT" (--model)')
     return possible[0]
 
 
-def settings_from(path, weights, network, family, config):
-    """What build needs. Heads, and sides that are not equal, cannot be read off tensors."""
-    first, labels, _ = (weights[k] for k in KEY_TENSORS[network])
-    hidden, c, patch, _ = first.shape
-    tokens = weights["pos_embed"].shape[1]
-    if network == "UViT":
-        tokens -= 2                                                     # label and time
+def square_root(path, tokens, config):
+    """Sides that are not equal cannot be read off tensors."""
     side = math.isqrt(tokens)
     if side * side != tokens and "size" not in config:
         raise InputError(f"{path}: {tokens} tokens are not a square; say size=(h, w)")
-    blocks = set(re.findall(r"\w*blocks\.\d+", " ".join(weights)))
-    settings = {
-        "name": family,
-        "c": c,
-        "size": side * patch,
-        "num_classes": len(labels) - 1,
-        "patch": patch,
-        "depth": len(blocks),
-        "hidden": hidden,
-    }
-    for name, (depth, width, heads) in MODELS.items():
-        if name.startswith(family + "-") and (depth, width) == (len(blocks), hidden):
-            return {**settings, "name": name, "heads": heads}
+    return side
+
+
+def named_settings(path, family, depth, hidden, config):
+    """Name, depth, hidden, heads. Heads cannot be read off tensors: they are those of our preset."""
+    settings = {"name": family, "depth": depth, "hidden": hidden}
+    for name, (*dims, heads) in MODELS.items():
+        if name.startswith(family + "-") and dims == [depth, hidden]:
+            return settings | {"name": name, "heads": heads}
     if "heads" not in config:
-        raise InputError(f"{path}: depth {len(blocks)}, hidden {hidden} is no {family} of ours, and heads "
+        raise InputError(f"{path}: depth {depth}, hidden {hidden} is no {family} of ours, and heads "
                          "cannot be read off tensors; say heads=")
     return settings
 
 
-def without_sigma(weights, c, patch):
-    """Without the unused half of the last layer, whose rows are (pixel of the patch, channel)."""
-    weights = dict(weights)
+def drop_sigma(weights, c, patch):
+    """The unused half of the last layer, whose rows are (pixel of the patch, channel)."""
     for k in ("final_layer.linear.weight", "final_layer.linear.bias"):
         rows = weights[k].unflatten(0, (patch**2, 2 * c))
         weights[k] = rows[:, :c].flatten(0, 1)
-    return weights

@@ -37,9 +37,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ae import (Flags, InputError, Unreadable, center_crop, check_device, check_numbers, evenly_spaced,
-                holds_images, left_out, list_images, open_images, patiently, read_image, read_weights,
-                script, to_uint8, writing)
+from ae import (Flags, InputError, Unreadable, center_crop, check_device, evenly_spaced, holds_images,
+                left_out, list_images, open_images, patiently, read_image, read_weights, script, to_uint8,
+                within, writing)
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -942,23 +942,24 @@ def parse(argv):
         help="another network, of torch.export, on uint8 images (B,H,W,3) or (B,3,H,W)")
     add("--resize", choices=("tf", "torch"), default="tf",
         help="to 299 px: tf as ADM and torch-fidelity, torch as pytorch-fid")
-    add("--image_size", type=int, metavar="S",
+    add("--image_size", type=within(int, 1, 2**13), metavar="S",
         help="ADM centre crop of the images to S; without it pixels are taken as they are")
-    add("--num", type=int, metavar="N",
+    add("--num", type=within(int, 1, 10**9), metavar="N",
         help="score N samples, evenly spaced; the reference stays whole (toy: N too)")
     add("--allow_small", action="store_true", help=f"score fewer than {MIN_IMAGES} images")
     add("--save_stats", metavar="FILE.npz", help="write mu and sigma of the reference")
     add("--json", nargs="?", const="", metavar="FILE",
         help="print the JSON line only; with FILE, write it there too")
-    add("--batch_size", type=int, default=64, help="images through the network at a time")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images")
+    add("--batch_size", type=within(int, 1, 2**16), default=64,
+        help="images through the network at a time")
+    add("--workers", type=within(int, 0, 1024), default=min(8, os.cpu_count()),
+        help="processes that decode images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="where the network runs (cuda where there is one)")
     args = parser.parse_args(argv)
     args.metrics = args.metrics.split(",")
     if not set(args.metrics) <= set(METRICS):
         raise InputError(f"--metrics {','.join(args.metrics)}: some of {','.join(METRICS)}")
-    check_numbers(args, num=(1, 10**9), image_size=(1, 2**13), batch_size=(1, 2**16), workers=(0, 1024))
     if args.features and (args.inception, args.resize) != ("default", "tf"):
         raise InputError("--inception and --resize are of Inception: leave them out beside --features")
     path = args.save_stats

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import diffusion
-from ae import (Flags, InputError, check_numbers, checksum, evenly_spaced, fingerprint, lock, make_folder,
-                open_autoencoder, read_json, save_grid, script, synchronized_time, to_uint8, write, writing)
+from ae import (Flags, InputError, checksum, evenly_spaced, fingerprint, lock, make_folder, open_autoencoder,
+                read_json, save_grid, script, synchronized_time, to_uint8, within, write, writing)
 from diffusion import ddpm_schedule, gaussian, model_mean_log_var, vp_schedule
 
 TOY = dict(ckpt="out/toy-diffusion", out="out/toy-samples", guidance=2.0)   # what --toy sets
@@ -511,19 +511,20 @@ def parse(argv):
     add("--model", choices=[*diffusion.FAMILIES, *diffusion.MODELS], metavar="MODEL",
         help="what published tensors cannot say: UViT, USiT, USiT-H, ...")
     add("--ae", help="another autoencoder than the one named in the checkpoint (its decoder fine-tuned, say)")
-    add("--n", type=int, default=100, help="number of pictures")
+    add("--n", type=within(int, 1, 10**8), default=100, help="number of pictures")
     add("--classes",
         help="all, random, or names, numbers, ranges: cat,7,10-19. Default: all, beyond 100 pictures random")
-    add("--guidance", type=float, default=1.0,
+    add("--guidance", type=within(float, 0, 1000), default=1.0,
         help="classifier-free guidance on all channels; 1: none")
-    add("--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"),
+    add("--interval", type=within(float, 0, 1), nargs=2, default=(0, 1), metavar=("LO", "HI"),
         help="guide only at signal / (signal + noise) in LO .. HI")
     add("--solver", choices=SOLVERS, help="default: DiT ddpm, UViT dpm, SiT and USiT dopri5")
-    add("--steps", type=int, help="solver steps (dpm: evaluations); for flows without --solver: of heun")
-    add("--c_prime", type=int,
+    add("--steps", type=within(int, 1, 1000),
+        help="solver steps (dpm: evaluations); for flows without --solver: of heun")
+    add("--c_prime", type=within(int, 1, 2**16),
         help="sample and decode the first c' channels only; the grid shows full pictures below them")
-    add("--batch_size", type=int, default=50, help="pictures at a time, per rank")
-    add("--seed", type=int, default=0, help="of the noise and of random labels")
+    add("--batch_size", type=within(int, 1, 10**5), default=50, help="pictures at a time, per rank")
+    add("--seed", type=within(int, 0, 2**63 - 1), default=0, help="of the noise and of random labels")
     add("--out", help="folder for samples.png, .npz, .json. Default: `samples` in the run folder")
     add("--dtype", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
         help="of the denoiser; the decoder runs in fp32 [DC-Gen]")
@@ -534,7 +535,6 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.ckpt is None:
         raise InputError("sample.py needs --ckpt CKPT (or --toy)")
-    check_numbers(args, n=(1, 10**8), batch_size=(1, 10**5), seed=(0, 2**63 - 1))
     if args.classes is None:
         args.classes = "all" if args.n <= 100 else "random"
     return args

@@ -15,7 +15,6 @@ lavinal712/AutoencoderKL branch dc-ae, [ours]. A reader may stop at the rule "Th
 Letters: B images of a batch, b of a micro-batch on a rank, H W pixels, c latent channels, c' = c_prime kept.
 """
 
-import argparse
 import atexit
 import copy
 import itertools
@@ -30,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -51,9 +50,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
-from ae import (DCAE, AEConfig, Flags, InputError, channel_mask, check_numbers, doubling,
-                evenly_spaced, lock, make_folder, open_images, open_weights, parse_channels, save_grid,
-                script, synchronized_time, to_uint8, write_checkpoint, writing)
+from ae import (DCAE, AEConfig, Flags, InputError, channel_mask, doubling, evenly_spaced, lock,
+                make_folder, open_images, open_weights, parse_channels, save_grid, script,
+                synchronized_time, to_uint8, within, write_checkpoint, writing)
 
 PHASES = {  # defaults of the flags. lr, betas, weight decay: [community]; sizes: [paper]; GAN weight: [ours]
     1: dict(image_size=[256], lr=6.4e-5, betas=(0.9, 0.999), weight_decay=0.1, gan=0.0),
@@ -366,22 +365,17 @@ class Evaluation:
         self.scores = {"psnr": fid.psnr, "ssim": fid.ssim}      # of pixels; lpips: of img
         self.extractor = None
         self.open(args.size)
-        asked = args.eval_only or args.features or args.inception != "default"
-        if config.in_channels == 3 and (asked or args.data != "toy"):
-            self.add_networks()
+        named = args.features or args.inception != "default"    # rFID's network
+        if config.in_channels == 3 and (named or args.eval_only or args.data != "toy"):
+            self.add_networks(named)
 
     def open(self, size):
         """The pictures, at `size` px."""
-        args, self.size = self.args, size
-        source, num = args.val or args.data, args.eval_num
-        self.data = open_images(source, size, train=False, seed=args.seed)
-        if num is None and not args.eval_only:
-            num = 1024
-        if num is None and source == "toy":
-            num = 2048
-        self.numbers = evenly_spaced(self.data, num)
+        self.size = size
+        self.data = open_images(self.args.val or self.args.data, size, seed=self.args.seed)
+        self.numbers = evenly_spaced(self.data, self.args.eval_num)
 
-    def add_networks(self):
+    def add_networks(self, named):
         """LPIPS (AlexNet, as the published evaluation) and rFID's network; what cannot be downloaded is named
         and left out."""
         try:
@@ -392,79 +386,72 @@ class Evaluation:
         try:
             self.extractor = fid.load_extractor(self.args.inception, self.args.features, self.ranks.device)
         except InputError as e:
-            if self.args.features or self.args.inception != "default":
-                raise                                           # a file that was asked for
+            if named:
+                raise
             self.ranks.print0(f"rfid left out: {e}")
 
     def fitting(self):
-        """The scores that pictures of this size and number allow, and whether rFID is one of them."""
+        """The scores that pictures of this size allow."""
         smallest = {"psnr": 1, "ssim": 11, "lpips": 31}         # px: SSIM's window, AlexNet's strides
         fitting = {name: score for name, score in self.scores.items() if self.size >= smallest[name]}
-        few = self.extractor is not None and len(self.numbers) < 2
-        left_out = [name for name in self.scores if name not in fitting] + ["rfid"] * few
-        if left_out:
-            self.ranks.print0(f"left out for {len(self.numbers)} pictures of {self.size} px: {left_out}")
-        return fitting, self.extractor is not None and not few
+        if left_out := [name for name in self.scores if name not in fitting]:
+            self.ranks.print0(f"left out for pictures of {self.size} px: {', '.join(left_out)}")
+        return fitting
 
     @torch.no_grad()
     def table(self, ae):
         """[{c_prime, psnr, psnr_n, ssim, lpips, rfid, knn, n}, ...]; ae: in eval mode, whole on every rank.
         psnr_n: pictures of finite PSNR, over which psnr is the mean (None: there are none)."""
-        ranks, mine = self.ranks, self.numbers[self.ranks.rank::self.ranks.size]
-        b = max(1, micro_batch(self.args, ranks))
-        order = [mine[i:i + b] for i in range(0, len(mine), b)]
-        scores, rfid = self.fitting()
-        sums = torch.zeros(2, len(self.rows), len(scores), dtype=torch.float64, device=ranks.device)
-        totals, counts = sums                                   # one all_reduce takes both
+        ranks, n = self.ranks, len(self.numbers)
+        mine = self.numbers[ranks.rank::ranks.size]
+        size = max(1, micro_batch(self.args, ranks))
+        order = [mine[i:i + size] for i in range(0, len(mine), size)]
+        scores = self.fitting()
+        extractor = self.extractor if n > 1 else None           # one picture has no covariance
+        values = [[] for _ in self.rows]                        # by c': (b,scores) of each batch
+        latents, labels = [], []
         real, fake = fid.Moments(), [fid.Moments() for _ in self.rows]
-        knn = self.args.eval_only and self.data.num_classes > 1 and len(self.numbers) > 10
-        features, labels = [], []
         stream = loader(Stream(self.data), order, self.args.workers, ranks.device)
         for img, y in tqdm(stream, desc="evaluating", unit="batch", disable=not ranks.is_main, leave=False):
             img = img.to(ranks.device)
             z = ae.encode(img)
-            if knn:
-                features.append(z.mean((2, 3)).cpu())           # (b,c)
-                labels.append(y)
+            latents.append(z.mean((2, 3)).cpu())                # (b,c)
+            labels.append(y)
             pixels = to_uint8(img)
-            if rfid:
-                real.update(self.extractor(pixels)[0])
-            for k, c_prime in enumerate(self.rows):
+            if extractor:
+                real.update(extractor(pixels)[0])
+            for c_prime, moments, parts in zip(self.rows, fake, values):
                 rec = ae.decode(z[:, :c_prime])
                 rec_pixels = to_uint8(rec)
-                values = [score(img, rec) if name == "lpips" else score(pixels, rec_pixels)
-                          for name, score in scores.items()]
-                values = torch.stack(values).double()           # (scores,b)
-                finite = values.isfinite()                      # the PSNR of equal pictures is not
-                totals[k] += values.where(finite, 0.0).sum(1)
-                counts[k] += finite.sum(1)
-                if rfid:
-                    fake[k].update(self.extractor(rec_pixels)[0])
-        if ranks.size > 1:
-            dist.all_reduce(sums)
-            for moments in (real, *fake) if rfid else ():
-                moments.reduce()
-        if knn:
-            features, labels = fid.gather_rows(features), fid.gather_rows(labels)
+                part = [score(img, rec) if name == "lpips" else score(pixels, rec_pixels)
+                        for name, score in scores.items()]
+                parts.append(torch.stack(part, dim=1).double().cpu())
+                if extractor:
+                    moments.update(extractor(rec_pixels)[0])
+        for moments in (real, *fake):
+            moments.reduce()
+        latents, labels = fid.gather_rows(latents), fid.gather_rows(labels)     # (n,c), (n,)
 
         table = []
-        for k, c_prime in enumerate(self.rows):
-            row = {"c_prime": c_prime}
-            for name, total, count in zip(scores, totals[k].tolist(), counts[k].tolist()):
-                row[name] = total / count if count else None
-                if name == "psnr":
-                    row["psnr_n"] = int(count)
-            if rfid:
-                row["rfid"] = fid.frechet_distance(real.mean, real.cov, fake[k].mean, fake[k].cov)
-            if knn:
-                row["knn"] = knn_accuracy(features[:, :c_prime], labels)
-            table.append(row | {"n": len(self.numbers)})
+        for c_prime, moments, parts in zip(self.rows, fake, values):
+            of_all = fid.gather_rows(parts)                     # (n,scores)
+            finite = of_all.isfinite()                          # the PSNR of equal pictures is not
+            means = of_all.where(finite, math.nan).nanmean(0).tolist()
+            row = {"c_prime": c_prime, "n": n, "psnr_n": finite[:, 0].sum().item()}
+            row |= {name: None if math.isnan(mean) else mean for name, mean in zip(scores, means)}
+            if extractor:
+                row["rfid"] = fid.frechet_distance(real.mean, real.cov, moments.mean, moments.cov)
+            if self.args.eval_only and self.data.num_classes > 1 and n > 10:
+                row["knn"] = knn_accuracy(latents[:, :c_prime], labels)
+            table.append(row)
         return table
 
     @torch.no_grad()
     def picture(self, ae, path):
         """PNG: pictures in the top row, their reconstructions from the first c' channels below, a row for
         each c'."""
+        if not self.ranks.is_main:
+            return
         numbers = evenly_spaced(self.data, 8)
         img = self.data.get_batch(numbers, numbers)[0].to(self.ranks.device)
         z = ae.encode(img)
@@ -474,10 +461,9 @@ class Evaluation:
 
     def as_text(self, table):
         names = [name for name in table[0] if name not in ("c_prime", "psnr_n", "n")]
-        lines = [f"reconstruction at {self.size} px, {len(self.numbers)} images"]
-        if self.extractor:
-            lines[0] += f"; rfid: {self.extractor.name}"
-        lines += ["".join(f"{name:>9}" for name in ("c_prime", *names))]
+        by = f"; rfid: {self.extractor.name}" if self.extractor else ""
+        lines = [f"reconstruction at {self.size} px, {len(self.numbers)} images{by}"]
+        lines += [f"{'c_prime':>9}" + "".join(f"{name:>9}" for name in names)]
         for row in table:
             numbers = [math.nan if row[name] is None else row[name] for name in names]
             lines += [f"{row['c_prime']:>9}" + "".join(f"{number:>9.3f}" for number in numbers)]
@@ -486,11 +472,10 @@ class Evaluation:
     def report(self, run, ae, step):
         """The table of a training run's network: on the screen, in eval.jsonl, with a picture beside it."""
         eval_ae = DCAE(self.config).to(self.ranks.device).eval()    # whole on every rank, also under --fsdp
-        eval_ae.load_state_dict(whole_weights(ae))
+        eval_ae.load_state_dict(get_model_state_dict(ae, options=WHOLE))
         table = self.table(eval_ae)
         path = f"{self.args.out}/recon_{step:07d}.png"
-        if self.ranks.is_main:
-            self.picture(eval_ae, path)
+        self.picture(eval_ae, path)
         run.append("eval.jsonl", {"step": step, "table": table})
         self.ranks.print0(f"step {step}: {self.as_text(table)}")
         run.publish(step, path)
@@ -503,13 +488,13 @@ def knn_accuracy(features, labels, k=10, temperature=0.07):
     exp(cosine / temperature): structure as a number [DC-Gen's evaluation]."""
     unit = F.normalize(features.float(), dim=1)
     right = 0
-    for i, rows in enumerate(unit.split(1000)):
-        cosine = rows @ unit.T                                  # (1000,N)
-        cosine[torch.arange(len(rows)), 1000 * i + torch.arange(len(rows))] = -math.inf     # not itself
+    for start in range(0, len(unit), 1000):
+        cosine = unit[start:start + 1000] @ unit.T              # (1000,N)
+        cosine[:, start:].fill_diagonal_(-math.inf)             # not itself
         near, index = cosine.topk(k)
-        votes = torch.zeros(len(rows), int(labels.max()) + 1)
+        votes = torch.zeros(len(cosine), labels.max() + 1)
         votes.scatter_add_(1, labels[index], (near / temperature).exp())
-        right += (votes.argmax(1) == labels[1000 * i:][:1000]).sum().item()
+        right += (votes.argmax(1) == labels[start:start + 1000]).sum().item()
     return right / len(labels)
 
 
@@ -524,22 +509,20 @@ def show_gain(run):
 def evaluate_only(args, ranks, ae):
     """--eval_only: a table and a picture for each --image_size; all of it in eval.json."""
     ae, results = prepare(ae, args, ranks).eval(), {}
-    if ranks.is_main:
-        make_folder(args.out)
+    make_folder(args.out)
     evaluation = Evaluation(args, ranks, ae.config)
     for size in args.image_size:
         if size != evaluation.size:
             evaluation.open(size)
         results[size] = evaluation.table(ae)
-        if ranks.is_main:
-            evaluation.picture(ae, f"{args.out}/eval_{size}.png")
-            print(evaluation.as_text(results[size]))
+        evaluation.picture(ae, f"{args.out}/eval_{size}.png")
+        ranks.print0(evaluation.as_text(results[size]))
     if ranks.is_main:
         about = {"ckpt": args.init or args.out, "data": args.val or args.data, "commit": commit(),
                  "results": results}
         with open(f"{args.out}/eval.json", "w") as f:
             json.dump(about, f, allow_nan=False)
-        print(json.dumps(results))
+    ranks.print0(json.dumps(results))
     return results
 
 
@@ -549,47 +532,43 @@ def evaluate_only(args, ranks, ae):
 
 def parse(argv=None):
     p = training_flags("Train a DC-AE (1.5 with masks, or 1.0): phases 1 to 3, decoder-only, evaluation.")
-    add = p.add_argument
-    add("--val", help="folder of the evaluation; else --data in the evaluation crop (toy: other pictures)")
-    add("--image_size", type=int, nargs="+", help="pixels, a multiple of f; several only with --eval_only, "
-        "which like --train decoder takes the checkpoint's own size")
-    add("--f", type=int, help="spatial compression, 2^k >= 4; without --init 32")
-    add("--c", type=int, help="latent channels; without --init 128")
-    add("--version", choices=["1.5", "1.0"], help="network of DC-AE 1.5 or 1.0; without --init 1.5")
-    add("--in_channels", type=int, help="of the images; without --init 3; others need a data set of yours")
-    add("--width", type=int, help="base width of every stage; without --init 128, the published size")
-    add("--widths", type=parse_ints, help="width of each stage, e.g. 16,32,64,64, in place of --width")
-    add("--depths", type=parse_ints, help="blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
-    add("--shortcuts", action=argparse.BooleanOptionalAction, default=True,
-        help="residual autoencoding shortcuts; off for the ablation")
-    add("--channels", help="c' of Eq. 1: 16:128:4, 16,32,64 (given twice: drawn twice as often), or one "
-        "number; c alone: no masks. Else the checkpoint's, 16,20,...,c [paper], or with --toy c/8,...,c")
-    add("--phase", type=int, choices=PHASES, default=1,
-        help="1 full training, 2 high-resolution adaptation, 3 GAN refinement")
-    add("--init", help="autoencoder to start from (run folder, file, published name); phases 2 and 3 need it")
-    add("--train", choices=["phase", "all", "decoder"], default="phase",
-        help="which tensors train; decoder leaves the encoder as it is")
-    add("--lpips", type=float, help="weight of LPIPS-VGG [ours]; 0 with built-in images")
-    add("--gan", type=float, help="weight of the PatchGAN hinge loss")
-    add("--disc_warmup", type=int, default=1000, help="steps before the adversarial loss counts [ours]")
-    add("--eval_only", action="store_true", help="evaluate --init or the run in --out: one row per c'")
-    add("--eval_channels", help="rows of the evaluation; else doubling from the smallest c'")
-    add("--eval_num", type=int, help="images; else 1024 in training, with --eval_only all (toy: 2048)")
-    add("--inception", default="default", help="of rFID: default, random or a file, as in fid.py")
-    add("--features", help="of rFID: another feature network, as in fid.py")
+    add = p.add
+    add("--val", str, None,
+        "folder of the evaluation; else --data in the evaluation crop (toy: other pictures)")
+    add("--image_size", within(int, 1, 2**13), None,
+        "pixels, a multiple of f; several only with --eval_only, which like --train decoder takes the "
+        "checkpoint's own size", nargs="+")
+    add("--f", SIZE, None, "spatial compression, 2^k >= 4; without --init 32")
+    add("--c", SIZE, None, "latent channels; without --init 128")
+    add("--version", str, None, "network of DC-AE 1.5 or 1.0; without --init 1.5", choices=["1.5", "1.0"])
+    add("--in_channels", SIZE, None, "of the images; without --init 3; others need a data set of yours")
+    add("--width", SIZE, None, "base width of every stage; without --init 128, the published size")
+    add("--widths", several(SIZE), None, "width of each stage, e.g. 16,32,64,64, in place of --width")
+    add("--depths", several(within(int, 0, 1000)), None,
+        "blocks of each stage, e.g. 0,1,2,2, for encoder and decoder")
+    add("--shortcuts", bool, None, "residual autoencoding shortcuts; off for the ablation")
+    add("--phase", int, 1, "1 full training, 2 high-resolution adaptation, 3 GAN refinement", choices=PHASES)
+    add("--init", str, None,
+        "autoencoder to start from (run folder, file, published name); phases 2 and 3 need it")
+    add("--train", str, "phase",
+        "which tensors train; decoder leaves the encoder as it is", choices=["phase", "all", "decoder"])
+    add("--lpips", WEIGHT, None, "weight of LPIPS-VGG [ours]; 0 with built-in images")
+    add("--gan", WEIGHT, None, "weight of the PatchGAN hinge loss")
+    add("--disc_warmup", COUNT_OR_0, 1000, "steps before the adversarial loss counts [ours]")
+    add("--eval_only", bool, False, "evaluate --init or the run in --out: one row per c'")
+    add("--eval_channels", str, None, "rows of the evaluation; else doubling from the smallest c'")
+    add("--eval_num", COUNT, None, "images; else 1024 in training, with --eval_only all (toy: 2048)")
     p.set_defaults(steps=200_000, warmup=1000)                  # [ours]
 
     def recipe(args):
-        own_size = args.eval_only or args.train == "decoder"    # that of the checkpoint
-        return {**PHASES[args.phase], "lpips": 0.0 if args.data == "toy" else 1.0,
-                **({"image_size": None} if own_size else {})}
+        defaults = PHASES[args.phase] | {"lpips": 0.0 if args.data == "toy" else 1.0, "eval_num": 1024}
+        if args.eval_only:
+            defaults["eval_num"] = 2048 if (args.val or args.data) == "toy" else None
+        if args.eval_only or args.train == "decoder":           # the checkpoint's own
+            defaults["image_size"] = None
+        return defaults
     args = parse_flags(p, recipe, TOY, argv)
-    if args.val and args.val != "toy" and not os.path.exists(args.val):
-        raise InputError(f"--val {args.val}: no such folder")
-    number = (1, 2**16)
-    check_numbers(args, image_size=(1, 2**13), f=number, c=number, width=number, widths=number,
-                  in_channels=number, depths=(0, 1000), disc_warmup=(0, COUNT), eval_num=(1, COUNT),
-                  lpips=(0, LARGE), gan=(0, LARGE))
+    check_folder("val", args.val or "toy")
     return args
 
 
@@ -597,7 +576,7 @@ def configure(args, ranks):
     """Settle what depends on the network, check it, say it in a line. Returns (config, the autoencoder of
     --init)."""
     ae = open_init(args)
-    config, info = (ae.config, ae.info) if ae else (config_of_flags(args), {})
+    config, info = (ae.config, ae.info) if ae else (AEConfig(**config_of_flags(args)), {})
     args.channels = training_channels(args, config.c, ranks, info.get("channels"))
     args.image_size = args.image_size or [info.get("image_size") or PHASES[args.phase]["image_size"][0]]
     args.size = args.image_size[0]
@@ -606,27 +585,28 @@ def configure(args, ranks):
     for size in args.image_size:
         if size < 1 or size % config.f:
             raise InputError(f"--image_size {size}: not a multiple of f = {config.f}")
-    if args.lpips and config.in_channels != 3 and not args.eval_only:
-        raise InputError(f"--in_channels {config.in_channels}: LPIPS sees RGB alone; --lpips 0")
-    if len(args.image_size) > 1 and not args.eval_only:
-        raise InputError(f"--image_size {args.image_size}: several sizes only with --eval_only")
-    for flag, smallest in (("gan", 24), ("lpips", 16)):         # their strides
-        if getattr(args, flag) and args.size < smallest and not args.eval_only:
-            raise InputError(f"--image_size {args.size}: --{flag} needs {smallest} px or more; or --{flag} 0")
+    if not args.eval_only:
+        check_training(args, config)
     args.out = args.out or default_out(args, config)
     settle_batch(args, ranks, per_cuda_rank=16, training=not args.eval_only)  # 16: [ours]
 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DCAE(config).parameters())
-    masks = "= c: no masks"
-    if set(args.channels) != {config.c}:
-        masks = f"from {args.channels[0]} to {args.channels[-1]} ({len(set(args.channels))} values)"
     ranks.print0(f"{'evaluating' if args.eval_only else 'training'} {model_name(config)}, "
-                 f"{parameters / 1e6:.1f} M parameters, phase {args.phase}, on {data_name(args)}, "
-                 f"{'/'.join(map(str, args.image_size))} px, global batch {args.batch_size}, c' {masks}, "
-                 f"L1 + {args.lpips:g} LPIPS + {args.gan:g} GAN, lr {args.lr:g}, "
-                 f"{args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
+                 f"{parameters / 1e6:.1f} M parameters, phase {args.phase}, "
+                 f"L1 + {args.lpips:g} LPIPS + {args.gan:g} GAN, {'/'.join(map(str, args.image_size))} px, "
+                 f"{settings_line(args, ranks, config.c)}")
     return config, ae
+
+
+def check_training(args, config):
+    if args.lpips and config.in_channels != 3:
+        raise InputError(f"--in_channels {config.in_channels}: LPIPS sees RGB alone; --lpips 0")
+    if len(args.image_size) > 1:
+        raise InputError(f"--image_size {args.image_size}: several sizes only with --eval_only")
+    for flag, smallest in (("gan", 24), ("lpips", 16)):         # their strides
+        if getattr(args, flag) and args.size < smallest:
+            raise InputError(f"--image_size {args.size}: --{flag} needs {smallest} px or more; or --{flag} 0")
 
 
 def open_init(args):
@@ -634,41 +614,32 @@ def open_init(args):
     None."""
     needs = {"--eval_only": args.eval_only, f"--phase {args.phase}": args.phase > 1,
              "--train decoder": args.train == "decoder"}
-    source = args.init
+    needs = [flag for flag in needs if needs[flag]]
     held = [f"{args.out}/{name}" for name in ("ckpt.pt", "ckpt_prev.pt")]
-    if source is None and any(needs.values()) and args.out and any(map(os.path.isfile, held)):
+    source = args.init
+    if source is None and needs:
+        if not any(map(os.path.isfile, held)):
+            raise InputError(f"{needs[0]} needs --init CKPT (the run before it)")
         source = args.out
     if source is None:
-        for flag, needed in needs.items():
-            if needed:
-                raise InputError(f"{flag} needs --init CKPT (the run before it)")
         return None
     ae = DCAE.from_pretrained(source)
-    for flag in ("f", "c", "version", "in_channels"):
-        given, have = getattr(args, flag), getattr(ae.config, flag)
-        if given not in (None, have):
+    for name, given in config_of_flags(args).items():
+        have, flag = getattr(ae.config, name), re.sub("(en|de)coder_", "", name)
+        if given != have:
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
-    toy = [parse_ints(TOY[flag]) for flag in ("widths", "depths")] if args.toy else []
-    for flag in ("width", "widths", "depths"):
-        if getattr(args, flag) not in (None, *toy):
-            raise InputError(f"--{flag}: {source} has its own; leave the flag out")
-    if not args.shortcuts:
-        raise InputError(f"--no-shortcuts: {source} says whether it has them; leave the flag out")
     return ae
 
 
 def config_of_flags(args):
+    """The entries of a network's configuration that flags name."""
     if args.width and args.widths:
         raise InputError(f"--width {args.width}: --widths, which --toy sets, says it too; name only --widths")
-    given = {flag: getattr(args, flag) for flag in ("f", "c", "version", "width", "in_channels")}
-    given = {flag: value for flag, value in given.items() if value is not None}
-    return AEConfig(**given, shortcuts=args.shortcuts,
-                    encoder_widths=args.widths, decoder_widths=args.widths,
-                    encoder_depths=args.depths, decoder_depths=args.depths)
-
-
-def parse_ints(text):
-    return tuple(int(n) for n in text.split(","))
+    flags = ("f", "c", "version", "width", "in_channels", "shortcuts")
+    given = {flag: getattr(args, flag) for flag in flags}
+    given |= dict.fromkeys(("encoder_widths", "decoder_widths"), args.widths)
+    given |= dict.fromkeys(("encoder_depths", "decoder_depths"), args.depths)
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def model_name(config):
@@ -679,7 +650,7 @@ def default_out(args, config):
     """A folder named after the model, so that two models never share one."""
     if args.eval_only and os.path.isdir(args.init or ""):
         return args.init
-    name = f"out/dc-ae-{config.version}-f{config.f}c{config.c}"
+    name = f"out/{model_name(config)}".lower()
     if args.widths or args.width not in (None, 128):
         name += "-w" + "-".join(map(str, args.widths or [args.width]))
     if args.depths:
@@ -696,23 +667,22 @@ def default_out(args, config):
 
 
 def meta_cost(config, args):
-    """(forward MACs, activation bytes, network, names of its trainable tensors) of one image, without memory
-    for it."""
+    """(forward MACs, activation bytes, network) of one image, without memory for it."""
     with torch.device("meta"):
         ae = DCAE(config)
         img = torch.empty(1, config.in_channels, args.size, args.size)
         mask = torch.empty(1, config.c, 1, 1)
-    trainable = select_trainable(ae, args.phase, args.train)
+    select_trainable(ae, args.phase, args.train)
     step = AutoencoderStep(ae)
     units = ae.stages() if args.checkpointing else ()
-    return *cost(lambda: step(img, mask)[0].abs().mean(), ae, units), ae, trainable
+    return *cost(lambda: step(img, mask)[0].abs().mean(), ae, units), ae
 
 
 def dry_run(args, ranks, config):
-    macs, activations, ae, trainable = meta_cost(config, args)
-    tensors = dict(ae.named_parameters())
-    for name in trainable:
-        ranks.print0(f"  trains {name} {tuple(tensors[name].shape)}")
+    macs, activations, ae = meta_cost(config, args)
+    for name, p in ae.named_parameters():
+        if p.requires_grad:
+            ranks.print0(f"  trains {name} {tuple(p.shape)}")
     copies = 2 if args.ema else 1
     return print_estimate(args, ranks, model_name(config), ae, macs, activations, copies)
 
@@ -743,9 +713,20 @@ class Ranks:
         """Whether a rank says so."""
         return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
+    def wait(self):
+        """For all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
     def print0(self, text):
         if self.is_main:
             tqdm.write(text)
+
+    def print_line(self, line):
+        """One of JSON, with four decimal places; returns it."""
+        line = {name: round(x, 4) if isinstance(x, float) else x for name, x in line.items()}
+        self.print0(json.dumps(line))
+        return line
 
 
 def start_ranks():
@@ -772,43 +753,58 @@ def end_ranks():
 # --- Flags ------------------------------------------------------------------------------------------------
 
 
+COUNT, COUNT_OR_0, SIZE = within(int, 1, 2**31), within(int, 0, 2**31), within(int, 1, 2**16)
+WEIGHT, SHARE, ABOVE_0 = within(float, 0, 1e38), within(float, 0, 1 - 1e-9), within(float, 1e-9, 1e38)
+
+
+def several(kind):
+    """Of a flag: such numbers, with commas between them -> tuple."""
+    def numbers(text):
+        return tuple(kind(number) for number in text.split(","))
+    return numbers
+
+
 def training_flags(description):
     """Flags of both trainers. A default of None is filled by the recipe, or by what the text says."""
     cuda = torch.cuda.is_available()
     p = Flags(description=description, usage="%(prog)s [--flag value ...]   (--help explains each)")
-    add = p.add_argument
-    add("--toy", action="store_true", help="small preset that a CPU trains in minutes; flags beside it win")
-    add("--data", default="toy", help="folder of class folders or flat (unconditional), a .zip of it, or toy")
-    add("--out", help="run folder: ckpt.pt, log.jsonl, pictures; else out/ + a name of the model")
-    add("--steps", type=int, help="optimiser steps in total; a larger number goes on from the checkpoint")
-    add("--batch_size", type=int, help="global batch, divisible by ranks x accumulate")
-    add("--accumulate", type=int, default=1, help="micro-batches per step and rank")
-    add("--lr", type=float, help="absolute learning rate, never rescaled")
-    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="AdamW")
-    add("--weight_decay", type=float, help="AdamW")
-    add("--warmup", type=int, help="steps of linear warm-up; constant afterwards")
-    add("--cooldown", type=int, default=0, help="the last steps, in which the rate falls linearly to 0")
-    add("--clip", type=float, default=1.0, help="gradient norm clipping; 0: off")
-    add("--ema", type=float, default=0.0, help="decay of an average of the weights, which evaluations and "
-        "all that read the checkpoint use; 0: none")
-    add("--ema_warmup", type=float, default=2000.0, help="steps (time constant) over which that sets in")
-    add("--checkpointing", action="store_true", help="compute what is in a stage or block once more in the "
-        "backward pass: less memory, a third more work")
-    add("--seed", type=int, default=0, help="of weights, data order, noise and c'")
-    add("--dtype", choices=["bf16", "fp32"], default="bf16" if cuda else "fp32",
-        help="autocast; weights are fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="torch.compile")
-    add("--save_every", type=int, default=1000, help="steps between checkpoints")
-    add("--eval_every", type=int, default=5000, help="steps between evaluations with pictures; 0: never")
-    add("--log_every", type=int, default=10 if cuda else 1,
-        help="steps between log lines: the only host synchronisation, and where ranks agree to stop")
-    add("--workers", type=int, default=8 if cuda else 0, help="data loader processes per rank")
-    add("--bench", action="store_true", help="time the loop on a random batch; one JSON line, no files")
-    add("--dry_run", action="store_true", help="model, cost, memory; no data, no GPU; one JSON line last")
-    add("--fsdp", action="store_true", help="FSDP2: weights, moments, average sharded over ranks; else DDP")
-    add("--wandb", metavar="PROJECT", help="log lines and pictures go to Weights & Biases too")
-    add("--gpus", type=int, default=8, help="of --dry_run: GPUs, for memory per rank and days")
-    add("--tflops", type=float, default=300.0, help="of --dry_run: sustained TFLOP/s per GPU for the days")
+    add = p.add
+    add("--toy", bool, False, "small preset that a CPU trains in minutes; flags beside it win")
+    add("--data", str, "toy", "folder of class folders or flat (unconditional), a .zip of it, or toy")
+    add("--out", str, None, "run folder: ckpt.pt, log.jsonl, pictures; else out/ + a name of the model")
+    add("--steps", COUNT, None, "optimiser steps in total; a larger number goes on from the checkpoint")
+    add("--batch_size", COUNT, None, "global batch, divisible by ranks x accumulate")
+    add("--accumulate", COUNT, 1, "micro-batches per step and rank")
+    add("--lr", WEIGHT, None, "absolute learning rate, never rescaled")
+    add("--betas", SHARE, None, "AdamW", nargs=2, metavar=("B1", "B2"))
+    add("--weight_decay", WEIGHT, None, "AdamW")
+    add("--warmup", COUNT_OR_0, None, "steps of linear warm-up; constant afterwards")
+    add("--cooldown", COUNT_OR_0, 0, "the last steps, in which the rate falls linearly to 0")
+    add("--clip", WEIGHT, 1.0, "gradient norm clipping; 0: off")
+    add("--ema", SHARE, 0.0,
+        "decay of an average of the weights, which evaluations and all that read the checkpoint use; 0: none")
+    add("--ema_warmup", ABOVE_0, 2000.0, "steps (time constant) over which that sets in")
+    add("--checkpointing", bool, False,
+        "compute what is in a stage or block once more in the backward pass: less memory, a third more work")
+    add("--seed", within(int, 0, 2**63 - 1), 0, "of weights, data order, noise and c'")
+    add("--dtype", str, "bf16" if cuda else "fp32", "autocast; weights are fp32", choices=["bf16", "fp32"])
+    add("--compile", bool, cuda, "torch.compile")
+    add("--save_every", COUNT, 1000, "steps between checkpoints")
+    add("--eval_every", COUNT_OR_0, 5000, "steps between evaluations with pictures; 0: never")
+    add("--log_every", COUNT, 10 if cuda else 1,
+        "steps between log lines: the only host synchronisation, and where ranks agree to stop")
+    add("--channels", str, None,
+        "c' of Eqs. 1 and 2: 16:128:4, 16,32,64 (given twice: drawn twice as often), or one number; c alone: "
+        "no masks. Else those of --init, 16,20,...,c [paper], or with --toy c/8,...,c")
+    add("--inception", str, "default", "of rFID and --fid: default, random or a file, as in fid.py")
+    add("--features", str, None, "of rFID and --fid: another feature network, as in fid.py")
+    add("--workers", within(int, 0, 1024), 8 if cuda else 0, "data loader processes per rank")
+    add("--bench", bool, False, "time the loop on a random batch; one JSON line, no files")
+    add("--dry_run", bool, False, "model, cost, memory; no data, no GPU; one JSON line last")
+    add("--fsdp", bool, False, "FSDP2: weights, moments, average sharded over ranks; else DDP")
+    add("--wandb", str, None, "log lines and pictures go to Weights & Biases too", metavar="PROJECT")
+    add("--gpus", COUNT, 8, "of --dry_run: GPUs, for memory per rank and days")
+    add("--tflops", ABOVE_0, 300.0, "of --dry_run: sustained TFLOP/s per GPU for the days")
     return p
 
 
@@ -822,44 +818,30 @@ def parse_flags(p, recipe, toy, argv=None):
     p.set_defaults(**toy)
     p.set_defaults(**recipe(p.parse_known_args(known)[0]) | toy)
     args = p.parse_args(argv)
-    check_flags(args)                                           # each stage checks its own
+    if args.wandb:
+        import_wandb()
+    fid.check_files(args.inception, args.features)
+    if not args.dry_run:
+        check_folder("data", args.data)
     args.betas = tuple(args.betas)
     if args.bench:                                              # the first steps are not timed
-        args.timed = 20 if torch.cuda.is_available() else 3
-        args.steps = args.timed + (5 if torch.cuda.is_available() else 1)
+        args.timed, warm = (20, 5) if torch.cuda.is_available() else (3, 1)
+        args.steps = args.timed + warm
         args.save_every = args.eval_every = 0
     return args
 
 
-COUNT, LARGE, MAX_SHARE = 2**31, 1e38, 1 - 1e-9                 # the highest that a flag may be [ours]
-
-
-def check_flags(args):
-    check_numbers(
-        args,
-        **dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "log_every", "gpus"), (1, COUNT)),
-        **dict.fromkeys(("warmup", "cooldown", "eval_every"), (0, COUNT)),
-        **dict.fromkeys(("lr", "weight_decay", "clip"), (0, LARGE)),
-        betas=(0, MAX_SHARE), ema=(0, MAX_SHARE), ema_warmup=(1e-9, LARGE), seed=(0, 2**63 - 1),
-        workers=(0, 1024), tflops=(1e-9, LARGE))
-    if args.wandb:
-        import_wandb()
-    fid.check_files(args.inception, args.features)
-    if args.data != "toy" and not args.dry_run and not os.path.exists(args.data):
-        raise InputError(f"--data {args.data}: no such folder")
-    if args.out and os.path.exists(args.out) and not os.path.isdir(args.out):
-        raise InputError(f"--out {args.out}: is a file; name a folder")
+def check_folder(flag, path):
+    if path != "toy" and not os.path.exists(path):
+        raise InputError(f"--{flag} {path}: no such folder")
 
 
 def training_channels(args, c, ranks, known=None):
     """The list that c' is drawn from: --channels, else the checkpoint's, the toy preset's short one, or the
     paper's."""
-    if args.channels is not None:
-        channels = parse_channels(args.channels, c)
-    elif known:
-        channels = known
-    else:
-        channels = doubling(c) if args.toy else parse_channels(None, c)
+    channels = parse_channels(args.channels, c)
+    if args.channels is None and (known or args.toy):
+        channels = known or doubling(c)
     if channels[-1] < c:
         ranks.print0(f"--channels ends at {channels[-1]} of {c}: the channels behind it never train")
     return channels
@@ -879,8 +861,14 @@ def settle_batch(args, ranks, per_cuda_rank, training=True):
                          f"{ranks.size} x {args.accumulate}")
 
 
-def data_name(args):
-    return "built-in toy images" if args.data == "toy" else args.data
+def settings_line(args, ranks, c):
+    """What both stages say at their start."""
+    data = "built-in toy images" if args.data == "toy" else args.data
+    masks = "no masks"
+    if set(args.channels) != {c}:
+        masks = f"c' from {args.channels[0]} to {args.channels[-1]} ({len(set(args.channels))} values)"
+    return (f"{data}, {masks}, global batch {args.batch_size}, lr {args.lr:g}, "
+            f"{args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
 
 
 # --- Data order -------------------------------------------------------------------------------------------
@@ -994,7 +982,7 @@ def ema_update(ema, net, decay, warmup, step, taken):
     """ema <- ema + (1 - d) (net - ema), d = decay (1 - exp(-step / warmup)), step from 1 [DC-Gen: 0.9999,
     2000]. `taken` is 0.0 on the device where the step was skipped."""
     average, weights = list(ema.parameters()), list(net.parameters())
-    if is_sharded(net):                                         # FSDP2: each rank its own shards
+    if hasattr(weights[0], "to_local"):                         # FSDP2: each rank its own shards
         average, weights = [e.to_local() for e in average], [p.to_local() for p in weights]
     rate = (1 - decay * (1 - math.exp(-step / warmup))) * taken
     torch._foreach_lerp_(average, weights, [rate.to(average[0].dtype)] * len(weights))
@@ -1066,13 +1054,10 @@ def shard(module, units, ranks, args, compile=False):
     fp32. On several nodes shards stay within a node and gradients are averaged across nodes (hybrid
     sharding)."""
     if not dist.is_initialized():                               # one process without torchrun
-        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    shape, names = (ranks.size,), ("shard",)
-    if ranks.size > local:
-        shape, names = (ranks.size // local, local), ("replicate", "shard")
-    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(ranks.device.type, (ranks.size // local, local),
+                            mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if args.dtype == "bf16" else None,
                                   reduce_dtype=torch.float32, cast_forward_inputs=False)      # t stays fp32
     if compile:
@@ -1084,49 +1069,28 @@ def shard(module, units, ranks, args, compile=False):
     return module
 
 
-# One save and one resume for one process, DDP and FSDP, on any number of ranks: the whole state, by name.
-# Under --fsdp it is gathered tensor by tensor into the first rank's host memory. USiT-3B: 3.1 G parameters x
-# 16 bytes (weights, average and two moments in fp32) = 50 GB there, 25 s to write at 2 GB/s while the other
-# ranks wait.
+# One save and one resume for one process, DDP and FSDP, on any number of ranks: the whole state, by name. It
+# is gathered tensor by tensor into the first rank's host memory. USiT-3B: 3.1 G parameters x 16 bytes
+# (weights, average and two moments in fp32) = 50 GB there, 25 s to write at 2 GB/s while the others wait.
 
-
-def whole_state(module, opt):
-    """(weights, optimiser state by name); under FSDP on the first rank's CPU, elsewhere empty."""
-    sharded = is_sharded(module)
-    return get_state_dict(module, opt, options=StateDictOptions(full_state_dict=sharded, cpu_offload=sharded))
-
-
-def whole_weights(module, cpu=False):
-    """Weights by name, on every rank; with cpu under FSDP on the first rank's CPU alone."""
-    sharded = is_sharded(module)
-    options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded and cpu)
-    return get_model_state_dict(module, options=options)
+WHOLE = StateDictOptions(full_state_dict=True)                  # on every rank
+ON_THE_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)     # elsewhere empty
 
 
 def load_state(module, opt, ckpt, args, ema=None):
-    whole = StateDictOptions(full_state_dict=True)
-    optimizer = ckpt.get("optimizer")
-    state = optimizer.get("state") if isinstance(optimizer, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-        raise InputError(f"--out {args.out}: begun by an older version, which alone can go on with it "
-                         f"(commit {ckpt.get('commit')}); or name another --out")
     flags = [{name: group[name] for name in ("betas", "weight_decay")} for group in opt.param_groups]
     try:
-        model, average = ckpt["model"], ckpt.get("ema") or ckpt["model"]
-        if not model.keys() == average.keys() == module.state_dict().keys():
+        model, average, moments = ckpt["model"], ckpt.get("ema") or ckpt["model"], ckpt["optimizer"]
+        if not model.keys() == average.keys() == module.state_dict().keys() >= moments["state"].keys():
             raise KeyError
-        set_state_dict(module, opt, model_state_dict=model, optim_state_dict=optimizer, options=whole)
+        set_state_dict(module, opt, model_state_dict=model, optim_state_dict=moments, options=WHOLE)
         if ema is not None:
-            set_model_state_dict(ema, average, options=whole)
+            set_model_state_dict(ema, average, options=WHOLE)
     except Exception as e:                                      # of torch there are many kinds
-        raise InputError(f"--out {args.out}: its checkpoint is not whole ({type(e).__name__}); pick another "
-                         "--out") from e
+        raise InputError(f"--out {args.out}: its checkpoint is not whole ({type(e).__name__}), or of an "
+                         f"older version (commit {ckpt.get('commit')}); pick another --out") from e
     for group, given in zip(opt.param_groups, flags):           # the moments are the run's, these are flags
         group.update(given)
-
-
-def is_sharded(module):
-    return any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
 # --- A run ------------------------------------------------------------------------------------------------
@@ -1196,21 +1160,16 @@ class Run:
             self.trim_logs(-1)
             return None
         file, ckpt = open_weights(self.args.out, ("ckpt.pt", "ckpt_prev.pt"))
-        if ckpt.get("kind") != kind:
-            raise InputError(f"--out {self.args.out}: holds a checkpoint of kind {ckpt.get('kind')}, not "
-                             f"{kind}; choose another --out")
-        types = dict(step=int, skipped=int, args=dict, model=dict, scale=float)
-        if wrong := [name for name, wanted in types.items() if not isinstance(ckpt.get(name), wanted)]:
-            raise InputError(f"--out {self.args.out}: its checkpoint has no usable {', '.join(wrong)}; "
-                             "choose another --out")
-        for name, value in must_match.items():
+        for name, value in {"kind": kind, **must_match}.items():
             if ckpt.get(name) != value:
-                raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; "
-                                 "use the same flags or another --out")
+                raise InputError(f"--out {self.args.out}: its checkpoint has another {name}; {name} "
+                                 f"{ckpt.get(name)!s:.20}, not {value!s:.20}; same flags, or another --out")
+        for name, type_ in dict(step=int, skipped=int, args=dict, scale=float).items():
+            if not isinstance(ckpt.get(name), type_):
+                raise InputError(f"--out {self.args.out}: its checkpoint has no usable {name}; another --out")
         self.saved = ckpt["step"]
         self.trim_logs(self.saved)
-        if self.ranks.size > 1:
-            dist.barrier()                                      # every rank has read it
+        self.ranks.wait()                                       # every rank has read it
         if file.name == "ckpt_prev.pt" and self.ranks.is_main:
             if os.path.exists(last):
                 os.replace(last, f"{self.args.out}/ckpt_damaged.pt")
@@ -1286,16 +1245,15 @@ class Run:
         return False
 
     def save(self, kind, step, net, ema, opt, guard, **more):
-        model, optimizer = whole_state(net, opt)
-        average = whole_weights(ema, cpu=True) if ema else None
+        model, optimizer = get_state_dict(net, opt, options=ON_THE_FIRST)
+        average = get_model_state_dict(ema, options=ON_THE_FIRST) if ema else None
         if self.ranks.is_main:
             state = {"kind": kind, "step": step, "model": model, "ema": average, "optimizer": optimizer,
                      **more, "skipped": int(guard.skipped), "args": vars(self.args), "commit": commit(),
                      "torch": str(torch.__version__)}
             write_checkpoint(state, f"{self.args.out}/ckpt.pt", keep=f"{self.args.out}/ckpt_prev.pt")
         self.saved = step
-        if self.ranks.size > 1:
-            dist.barrier()
+        self.ranks.wait()
 
     def steps(self, start_step):
         """Counts steps under a progress bar."""
@@ -1339,8 +1297,8 @@ class Run:
         line = {"step": done, **terms, **facts, "skipped": int(guard.skipped),
                 "img_per_s": float(f"{speed:.4g}"), "wait": round(self.wait / seconds, 3)}
         self.append("log.jsonl", line)
-        text = f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}"
-        text += f", skipped {line['skipped']}" if line["skipped"] else ""
+        text = (f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}, "
+                f"skipped {line['skipped']}")
         self.bar.set_postfix_str(text, refresh=done == self.start_step + 1)
         self.sums, self.wait, self.since, self.logged = {}, 0.0, time.time(), done
         self.stop = self.ranks.any(self.signalled)
@@ -1364,23 +1322,19 @@ class Run:
     def bench_line(self, name, macs, **facts):
         """Of the last steps; share_of_peak counts 3 x forward MACs against the chip's dense bf16 data-sheet
         rate."""
-        args, cuda = self.args, self.ranks.device.type == "cuda"
+        args = self.args
         seconds = (self.until - self.since) / args.timed
         tflops = 3 * 2 * macs * args.batch_size / self.ranks.size / seconds / 1e12
-        device, peak = "cpu", None
-        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if cuda:
+        device, gib = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if self.ranks.device.type == "cuda":
             device, gib = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
-            peak = 989 if re.search("H100 80GB|H200$", device) else None    # TFLOP/s, SXM [data sheet]
-        line = {"model": name, "img_per_s": round(args.batch_size / seconds, 3),
-                "step_ms": round(seconds * 1e3, 3), "tflops": round(tflops, 3),
-                "share_of_peak": peak and round(tflops / peak, 4), "peak_gib": round(gib, 3)}
-        line |= {**facts, "batch_size": args.batch_size, "dtype": args.dtype, "compile": args.compile,
-                 "ranks": self.ranks.size, "device": device, "torch": str(torch.__version__),
-                 "python": sys.version.split()[0], "commit": commit()}
-        if self.ranks.is_main:
-            print(json.dumps(line))
-        return line
+        peak = 989 if re.search("H100 80GB|H200$", device) else None    # TFLOP/s, H100 and H200 [data sheet]
+        return self.ranks.print_line({
+            "model": name, "img_per_s": args.batch_size / seconds, "step_ms": seconds * 1e3,
+            "tflops": tflops, "share_of_peak": peak and tflops / peak, "peak_gib": gib, **facts,
+            "batch_size": args.batch_size, "dtype": args.dtype, "compile": args.compile,
+            "ranks": self.ranks.size, "device": device, "torch": str(torch.__version__),
+            "python": sys.version.split()[0], "commit": commit()})
 
 
 def read_log(folder, name):
@@ -1408,18 +1362,19 @@ def draw_curves(folder):
     for line in read_log(folder, "eval.jsonl"):
         psnr = {f"psnr_c{row['c_prime']}": row["psnr"] for row in line["table"]}
         lines.append(psnr | {"step": line["step"]})
-    curves = {}                                                 # name -> [(step, value), ...]
+    curves = defaultdict(list)                                  # name -> [(step, value), ...]
     for line in lines:
         for name, value in line.items():
-            curves.setdefault(name, []).append((line["step"], value))
-    panels = {title: [name for name in curves if re.fullmatch(pattern, name)]
-              for title, pattern in PANELS.items()}
-    panels = {title: names for title, names in panels.items() if names}
+            curves[name].append((line["step"], value))
+    panels = {}
+    for title, pattern in PANELS.items():
+        if names := [name for name in curves if re.fullmatch(pattern, name)]:
+            panels[title] = sorted(names, key=lambda name: (len(name), name))   # by number
     if not panels:
         return
     figure = Figure((6 * len(panels), 4), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for name in sorted(panels[title], key=lambda name: int("0" + re.sub(r"\D", "", name))):
+        for name in panels[title]:
             axes.plot(*zip(*curves[name]), label=name)
         axes.set(title=title, xlabel="step")
         axes.legend()
@@ -1458,19 +1413,20 @@ def cost(loss, net, checkpointed=()):
     """(forward MACs, bytes of activations kept for the backward pass, fp32) of loss(), with `net` on the meta
     device. MACs are FLOPs / 2 of torch's counter: convolutions and matrix products, as the papers count.
     checkpointed: modules of which all inputs are kept, and at a time one module's activations."""
-    kept, input_bytes, unit = {}, 0, None                       # kept: storage -> (its unit, bytes)
-    weights = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept, unit = Counter(), None                                # bytes of each unit; None: of all outside
+    seen = {p.untyped_storage()._cdata for p in net.parameters()}       # weights and their views do not count
 
     def pack(x):
         storage = x.untyped_storage()
-        if storage._cdata not in weights:                       # nor views of weights
-            kept[storage._cdata] = unit, storage.nbytes()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept[unit] += storage.nbytes()
         return x
 
     def enter(module, args):
-        nonlocal unit, input_bytes
+        nonlocal unit
         unit = module
-        input_bytes += args[0].untyped_storage().nbytes()
+        kept[None] += args[0].untyped_storage().nbytes()
 
     def leave(*_):
         nonlocal unit
@@ -1482,11 +1438,7 @@ def cost(loss, net, checkpointed=()):
     saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
     with FlopCounterMode(display=False) as flops, saved:
         loss()
-    bytes_of = Counter()                                        # each unit, and None: all outside
-    for owner, size in kept.values():
-        bytes_of[owner] += size
-    activations = bytes_of.pop(None, 0) + input_bytes + max(bytes_of.values(), default=0)
-    return flops.get_total_flops() // 2, activations
+    return flops.get_total_flops() // 2, kept.pop(None, 0) + max(kept.values(), default=0)
 
 
 def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):
@@ -1503,13 +1455,10 @@ def print_estimate(args, ranks, name, net, macs, activation_bytes, copies):
         memory += activation_bytes * images
     flops = 3 * 2 * macs * args.batch_size * args.steps         # backward = 2 x forward
     days = flops / (args.gpus * args.tflops * 1e12) / 86400
-    line = {"model": name, "parameters": parameters, "trainable": trainable,
-            "forward_gmacs": round(macs / 1e9, 4), "memory_gib_per_rank": round(memory / 2**30, 3),
-            "batch_size": args.batch_size, "steps": args.steps, "gpus": args.gpus,
-            "tflops_per_gpu": args.tflops, "days": round(days, 4)}
-    if ranks.is_main:
-        print(json.dumps(line))
-    return line
+    return ranks.print_line({
+        "model": name, "parameters": parameters, "trainable": trainable, "forward_gmacs": macs / 1e9,
+        "memory_gib_per_rank": memory / 2**30, "batch_size": args.batch_size, "steps": args.steps,
+        "gpus": args.gpus, "tflops_per_gpu": args.tflops, "days": days})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Ranks, data order, guard, checkpoints and log are train_ae.py's, in its second h
 Letters: B images of a batch, b of a micro-batch on a rank, c latent channels, c' = c_prime kept, (h, w) grid.
 """
 
-import argparse
 import copy
 import functools
 import hashlib
@@ -27,19 +26,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import fid
-from ae import (InputError, check_numbers, checksum, evenly_spaced, file_size, fingerprint, lock,
-                open_autoencoder, open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8,
-                write, writing)
-from diffusion import (DROP, MIRROR, MODELS, NOISE, TIME, build, draw_t, forward_macs, gaussian,
+from ae import (InputError, checksum, evenly_spaced, file_size, fingerprint, lock, open_autoencoder,
+                open_images, patiently, read_bytes, read_json, save_grid, script, to_uint8, within, write,
+                writing)
+from diffusion import (DROP, MIRROR, MODELS, NOISE, SETTINGS, TIME, build, draw_t, forward_macs, gaussian,
                        training_loss, uniform)
 from sample import generate
-from train_ae import (COUNT, MAX_SHARE, Guard, Run, Stream, adamw, autocast, batches, cost, data_name,
-                      draw_channels, ema_update, end_ranks, learning_rate, load_state, loader, loss_names,
-                      parallel, parse_flags, print_estimate, random_batch, sample_numbers, set_lr,
+from train_ae import (COUNT, SHARE, SIZE, Guard, Run, Stream, adamw, autocast, batches, cost, draw_channels,
+                      ema_update, end_ranks, learning_rate, load_state, loader, loss_names, parallel,
+                      parse_flags, print_estimate, random_batch, sample_numbers, set_lr, settings_line,
                       settle_batch, shard, start_ranks, sync_gradients, training_channels, training_flags)
 
 
@@ -189,8 +187,8 @@ class Latents:
     """get_batch(indices, keys) -> raw z (b,c,h,w) float16, y (b,); the mirror image is drawn from (seed,
     key). InputError: a chunk that is read for the first time does not have its checksum."""
 
-    def __init__(self, folder, seed=0, held=None):
-        self.folder, self.seed, self.held = folder, seed, held  # held: the lock of the run that has filled it
+    def __init__(self, folder, seed=0):
+        self.folder, self.seed = folder, seed
         self.manifest = read_json(Path(folder, "manifest.json"))
         self.num_classes = self.manifest["num_classes"]
         chunks = len(self.arrays["done"])
@@ -214,7 +212,7 @@ class Latents:
         return open_arrays(self.folder, self.manifest)
 
     def __getstate__(self):                                     # every process opens the arrays itself
-        return {name: x for name, x in self.__dict__.items() if name not in ("arrays", "held")}
+        return {name: x for name, x in self.__dict__.items() if name != "arrays"}
 
     def get_batch(self, indices, keys):
         indices = np.asarray(indices)
@@ -248,7 +246,6 @@ class Latents:
 def cache_latents(args, ae, ranks, data):
     """The images' latents through the ADM crop, encoded where that is not yet done; ranks take chunks in
     turn. Finished chunks are marked, so that a killed run goes on."""
-    folder = args.cache
     numbers = evenly_spaced(data, args.max_images)
     side = args.image_size // ae.config.f
     manifest = {"format": 2,                                    # 1: without checksums
@@ -261,18 +258,19 @@ def cache_latents(args, ae, ranks, data):
                 "num_classes": data.num_classes,
                 "classes": list(data.classes)}
     files = [data.files[i] for i in numbers] if hasattr(data, "files") else []
-    held = problem = None
+    held = problem = None                                       # held: the lock, until all is encoded
     if ranks.is_main:
         try:
             held = open_cache(args, manifest, files)
         except InputError as e:
             problem = e
-    if ranks.any(bool(problem)):
+    if ranks.any(problem is not None):
         raise problem or InputError("--cache: the first rank says why")
     fill_cache(args, ae, ranks, data, numbers)
-    if ranks.size > 1:
-        dist.barrier()
-    return Latents(folder, args.seed, held)
+    ranks.wait()
+    if held:
+        held.close()
+    return Latents(args.cache, args.seed)
 
 
 def open_cache(args, manifest, files):
@@ -358,25 +356,22 @@ def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
     chunks = {k: numbers[k * CHUNK:(k + 1) * CHUNK] for k in range(ranks.rank, len(done), ranks.size)
               if not done[k]}
     order = [rows[i:i + batch_size] for rows in chunks.values() for i in range(0, len(rows), batch_size)]
-    stream = iter(loader(Stream(data), order, args.workers, ranks.device))
-    bar = tqdm(total=sum(map(len, order)), desc="caching latents", unit="img", dynamic_ncols=True,
-               disable=not ranks.is_main or not chunks)
+    stream = loader(Stream(data), order, args.workers, ranks.device)
+    stream = iter(tqdm(stream, desc="caching latents", unit="batch", dynamic_ncols=True,
+                       disable=not ranks.is_main or not chunks))
     for k, rows in chunks.items():
-        plain, mirrored, labels = [], [], []
+        parts = []
         for img, y in itertools.islice(stream, math.ceil(len(rows) / batch_size)):
             img = img.to(ranks.device, non_blocking=True)       # (b,3,H,W)
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=manifest.get("dtype") == "bf16"):
-                plain.append(ae.encode(img).half().cpu())       # (b,c,h,w)
-                mirrored.append(ae.encode(img.flip(3)).half().cpu())
-            labels.append(y)
-            bar.update(len(y))
+                plain, mirrored = (ae.encode(x).half().cpu() for x in (img, img.flip(3)))    # (b,c,h,w) each
+            parts.append((plain, mirrored, y))
         with writing("--cache", args.cache):
-            write_chunk(args.cache, k, len(numbers), plain, mirrored, labels)
-    bar.close()
+            write_chunk(args.cache, k, len(numbers), parts)
 
 
-def write_chunk(folder, k, n, *parts):
-    plain, mirrored, labels = (torch.cat(batches).numpy() for batches in parts)
+def write_chunk(folder, k, n, parts):
+    plain, mirrored, labels = (torch.cat(batches).numpy() for batches in zip(*parts))
     write_rows(f"{folder}/latents.npy", k * CHUNK, plain)
     write_rows(f"{folder}/latents.npy", k * CHUNK + n, mirrored)
     write_rows(f"{folder}/labels.npy", k * CHUNK, labels)
@@ -463,38 +458,33 @@ def sample_latents(run, ema, labels, index=None):
 
 def parse(argv=None):
     p = training_flags("Train a diffusion model on autoencoder latents, with augmented diffusion training.")
-    add = p.add_argument
-    add("--ae", help="autoencoder: run folder, file, published name, or a diffusers AutoencoderKL folder")
-    add("--model", default="USiT-H", help="one of " + ", ".join(MODELS))
-    add("--patch", type=int, default=1, help="patch size; 1 for DC-AE latents, 2 for f8 autoencoders")
-    add("--image_size", type=int, help="pixels; else the autoencoder's training size")
-    add("--channels", help="c' of Eq. 2: 16:128:4, 16,32,64, or one number. Else 16,20,...,c [paper], or "
-        "with --toy c/8,c/4,c/2,c")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="augmented diffusion training (Eq. 2); --no-augment: ordinary, whatever --channels says")
-    add("--depth", type=int, help="in place of the model's depth")
-    add("--hidden", type=int, help="in place of the model's width")
-    add("--heads", type=int, help="in place of the model's heads")
-    add("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null label")
-    add("--cache", help="folder of cached latents; else in the autoencoder's run folder, or under out/")
-    add("--max_images", type=int, help="use so many images, evenly spaced; built-in images: 50,000")
-    add("--fid", metavar="REFERENCE", help="with every preview, score samples against this folder or .npz")
-    add("--fid_num", type=int, default=10_000, help="samples of that score, divisible by the ranks")
-    add("--inception", default="default", help="its network: default, random or a file, as in fid.py")
-    add("--features", help="its network: an exported one, as in fid.py")
-    add("--c", type=int, help="latent channels of --bench and --dry_run without --ae")
-    add("--size", type=int, help="latent side of --bench and --dry_run without --ae")
+    add = p.add
+    add("--ae", str, None,
+        "autoencoder: run folder, file, published name, or a diffusers AutoencoderKL folder")
+    add("--model", str, "USiT-H", "one of " + ", ".join(MODELS))
+    add("--patch", within(int, 1, 64), 1, "patch size; 1 for DC-AE latents, 2 for f8 autoencoders")
+    add("--image_size", SIZE, None, "pixels; else the autoencoder's training size")
+    add("--augment", bool, True,
+        "augmented diffusion training (Eq. 2); --no-augment: ordinary, whatever --channels says")
+    add("--depth", within(int, 1, 1000), None, "in place of the model's depth")
+    add("--hidden", SIZE, None, "in place of the model's width")
+    add("--heads", SIZE, None, "in place of the model's heads")
+    add("--label_dropout", SHARE, 0.1, "share of labels replaced by the null label")
+    add("--cache", str, None, "folder of cached latents; else in the autoencoder's run folder, or under out/")
+    add("--max_images", COUNT, None, "use so many images, evenly spaced; built-in images: 50,000")
+    add("--fid", str, None,
+        "with every preview, score samples against this folder or .npz", metavar="REFERENCE")
+    add("--fid_num", within(int, 2, 2**31), 10_000, "samples of that score, divisible by the ranks")
+    add("--c", SIZE, None, "latent channels of --bench and --dry_run without --ae")
+    add("--size", SIZE, None, "latent side of --bench and --dry_run without --ae")
     p.set_defaults(steps=500_000, clip=0.0, ema=0.9999)         # no clipping [DC-Gen]
 
     def recipe(args):
         if args.model not in MODELS:
             raise InputError(f"--model {args.model}: unknown; one of {', '.join(MODELS)}")
-        return RECIPES[args.model.split("-")[0]]
-    args = parse_flags(p, recipe, TOY, argv)
-    side = (1, 2**16)
-    check_numbers(args, label_dropout=(0, MAX_SHARE), patch=(1, 64), image_size=side, c=side, size=side,
-                  hidden=side, heads=side, depth=(1, 1000), max_images=(1, COUNT), fid_num=(2, COUNT))
-    return args
+        max_images = 50_000 if args.data == "toy" else None
+        return RECIPES[args.model.split("-")[0]] | {"max_images": max_images}
+    return parse_flags(p, recipe, TOY, argv)
 
 
 def configure(args, ranks):
@@ -514,12 +504,9 @@ def configure(args, ranks):
         args.out = f"out/{args.model}{patch}-{f}c{c}x{size}{plain}"
     if ae:
         ae.to(ranks.device).requires_grad_(False)
-        toy = args.data == "toy"
-        args.max_images = args.max_images or (50_000 if toy else None)
         if args.cache is None:
             home = args.ae if os.path.isdir(args.ae) else f"out/latents-{fingerprint(ae)[:8]}"
-            data = "toy" if toy else os.path.basename(os.path.abspath(args.data))
-            args.cache = f"{home}/latents-{data}-{args.image_size}"
+            args.cache = f"{home}/latents-{os.path.basename(os.path.abspath(args.data))}-{args.image_size}"
     return ae, c, size
 
 
@@ -545,8 +532,7 @@ def open_latent_space(args):
 
 
 def build_network(args, c, size, num_classes):
-    dims = {name: getattr(args, name) for name in ("depth", "hidden", "heads")}
-    dims = {name: dim for name, dim in dims.items() if dim}
+    dims = {name: getattr(args, name) for name in SETTINGS if getattr(args, name)}
     return build(args.model, c=c, size=size, num_classes=num_classes, patch=args.patch, **dims)
 
 
@@ -554,16 +540,11 @@ def announce(args, ranks, net):
     """The model line."""
     million = sum(p.numel() for p in net.parameters()) / 1e6
     gmacs = forward_macs(net) / 1e9
-    channels = args.channels
     c, size = net.config["c"], net.config["size"]
-    how = "not augmented"
-    if set(channels) != {c}:
-        how = f"augmented: c' from {channels[0]} to {channels[-1]} ({len(set(channels))} values)"
     source = f" of {args.ae}" if args.ae else ""
     ranks.print0(f"training {args.model}, {million:.1f} M parameters, {gmacs:.2f} GMACs, "
-                 f"on latents {c}x{size}x{size}{source}, {data_name(args)}, "
-                 f"{net.config['num_classes']} classes, global batch {args.batch_size}, {how}, "
-                 f"lr {args.lr:g}, {args.dtype} on {ranks.size} x {ranks.device.type}, {args.out}")
+                 f"{net.config['num_classes']} classes, latents {c}x{size}x{size}{source}, "
+                 f"{settings_line(args, ranks, c)}")
 
 
 def dry_run(args, ranks, c, size):
@@ -574,8 +555,7 @@ def dry_run(args, ranks, c, size):
         y = torch.empty(1, dtype=torch.long)
     announce(args, ranks, net)
     units = net.layers() if args.checkpointing else ()
-    _, activations = cost(lambda: net(z, t, y).square().mean(), net, units)
-    macs = forward_macs(net)
+    macs, activations = cost(lambda: net(z, t, y).square().mean(), net, units)
     return print_estimate(args, ranks, args.model, net, macs, activations, copies=2)    # 2: with the average
 
 

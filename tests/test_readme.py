@@ -17,7 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 README, STUDY = (ROOT / "README.md").read_text(), (ROOT / "tests" / "README.md").read_text()
 STAGES = ["ae", "diffusion", "sample", "fid", "train_ae", "train_diffusion"]
-FROM_AE = {"InputError", "channel_mask", "open_weights", "plain_names", "splitmix64", "whole"}        # for diffusion.py
+FROM_AE = {"InputError", "channel_mask", "open_weights", "own_copy", "plain_names", "splitmix64", "whole"}        # for diffusion.py
 
 
 def code_blocks(text, language=""):

@@ -773,8 +773,8 @@ def test_other_bad_input(tmp_path, toy_ae):
     for flag, value in (("f", "8"), ("c", "4"), ("version", "1.0")):
         with pytest.raises(InputError, match=f"--{flag} {value}.* has {flag}"):
             stage1(f"--init {toy_ae} --{flag} {value} --dry_run")
-    for flag in ("widths 4,8,8", "depths 0,1,1", "width 64", "no-shortcuts"):
-        with pytest.raises(InputError, match=f"--{flag.split()[0]}.* leave the flag out"):
+    for flag in ("widths 4,8,8", "depths 0,2,1", "width 64", "no-shortcuts"):
+        with pytest.raises(InputError, match=f"--{flag.split()[0].removeprefix('no-')}.* leave the flag out"):
             stage1(f"--init {toy_ae} --{flag} --dry_run")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--out .*file"):
