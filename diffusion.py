@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ae import InputError, channel_mask, open_weights, own_copy, plain_names, splitmix64
+from ae import InputError, channel_mask, open_weights, plain_names, splitmix64
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -573,8 +573,7 @@ def from_pretrained(x, name=None, **config):
         settings.update(config)
         with torch.device("meta"):
             net = build(**settings)
-        net.load_state_dict({k: own_copy(v) for k, v in weights.items()}, assign=True)
-        net.to("cpu", torch.float32)                                    # raises where one has no data
+        net.to_empty(device="cpu").load_state_dict(weights)
     except Exception as e:                                              # a stranger's file may hold anything
         line = str(e)
         if path.name not in line:
