@@ -11,6 +11,7 @@ What DC-AE 1.5 (arXiv 2508.00413) adds to DC-AE (arXiv 2410.10733):
 Letters: B batch, H W pixels, f spatial compression, c latent channels, c' = c_prime kept ones, h heads, N
 tokens (pixels of a map). `img` is always float in [-1,1]; `pixels` are uint8 (B,H,W,3), an `image` is PIL's.
 Sources: [paper] arXiv 2508.00413, [DC-Gen file] the authors' code @cae2205, [ours] chosen or measured here.
+A reader of the network may stop at the double rule, "What every script shares".
 
     ae = DCAE.from_pretrained("out/my_run")     # or a published name, folder or file, or diffusers' folder
     rec = ae(img, c_prime=16)
@@ -50,6 +51,16 @@ try:
     import fcntl
 except ImportError:                                                     # Windows: lock() does nothing
     fcntl = None
+
+
+class InputError(SystemExit, ValueError):
+    """Bad input, in one line of less than 200 characters: in its middle a longer one is cut. As SystemExit it
+    ends a script with that line; as ValueError one catches it."""
+
+    def __init__(self, message):
+        message = str(message).split("\nae.InputError: ")[-1]           # below a loader process's traceback
+        line = " ".join(message.split())
+        super().__init__(line if len(line) < 200 else f"{line[:100]} ... {line[-90:]}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -125,44 +136,13 @@ class AEConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Channels: the mask of Eq. 1 and Eq. 2, and lists of c'
+# The mask of Eq. 1 and Eq. 2
 
 def channel_mask(c, c_prime, device=None):
     """(1, c, 1, 1): c' ones, then zeros."""
     if not 1 <= c_prime <= c:
         raise InputError(f"c_prime={c_prime}: of a latent with {c} channels the first 1 to {c} can be kept")
     return (torch.arange(c, device=device) < c_prime).float().view(1, c, 1, 1)
-
-
-def parse_channels(text, c, flag="--channels"):
-    """Text -> sorted list of c'. InputError: not in 1 .. c.
-        "16:128:4"     from 16 in steps of 4, none above 128
-        "16,32,64,64"  these; a number given twice is drawn twice as often
-        None           16, 20, ..., c [paper], where c itself always counts"""
-    if text is None:
-        return [*range(16, c, 4), c]
-    try:
-        channels = [int(x) for x in re.split("[:,]", str(text))]
-        if ":" in str(text):
-            low, high, *stride = channels
-            channels = list(range(low, high + 1, *stride))
-    except (ValueError, TypeError):
-        raise InputError(f"{flag} {text}: write 16:128:4, or 16,32,64, or one number") from None
-    if not channels or min(channels) < 1 or max(channels) > c:
-        raise InputError(f"{flag} {text}: the numbers must lie in 1..{c}, the autoencoder's channels")
-    return sorted(channels)
-
-
-def doubling(c, smallest=None):
-    """smallest, 2 smallest, 4 smallest, ..., c. Without one, or where it is c (no masks): from c / 8 or 16
-    on, whichever is less."""
-    if smallest in (None, c):
-        smallest = min(16, max(1, c // 8))
-    channels = []
-    while smallest < c:
-        channels.append(smallest)
-        smallest *= 2
-    return channels + [c]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -422,21 +402,140 @@ class DCAE(nn.Module):
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+# ============================================================================================================
+# What every script shares: flags, files, random numbers, images, weights; and the paper's figures
+# ============================================================================================================
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Images: folders and files
+# Flags, lists of c', files, screen
 
-Image.preinit()                                                         # the common formats, tried first
-Image.init()                                                            # and all others
-# EPS runs Ghostscript; the others pillow knows by name, but does not decode
-FORMATS = [kind for kind in Image.ID if kind not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")]
-SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
-warnings.filterwarnings("ignore", module="PIL")                         # of sizes and of odd metadata
-WAITS = (0.1, 0.4, 1.5, 3, 5)                                           # seconds, between tries to read
-IN_A_ROW = 10                                                           # broken images that are replaced
+class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        plain = action.default is None or action.default is False
+        return action.help if plain else super()._get_help_string(action)
 
 
-class Unreadable(Exception):
-    """A file that does not decode as an image, and why."""
+class Flags(argparse.ArgumentParser):
+    """Wrong flags end in one line, in every script."""
+
+    def __init__(self, formatter_class=DefaultsHelp, **about):
+        super().__init__(formatter_class=formatter_class, **about)
+
+    def add(self, flag, kind, default, help, **more):
+        """kind: of its value; bool: a switch, with a --no- form."""
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        self.add_argument(flag, default=default, help=help, **how, **more)
+
+    def error(self, message):
+        message = re.sub(r"argument (--\w+):", r"\1", " ".join(message.split()))
+        raise InputError(f"{message[:150]} (--help explains each flag)")
+
+
+def within(kind, low, high):
+    """The kind of a flag: a number, int or float, that must lie there."""
+    def number(text):
+        if not low <= kind(text) <= high:                               # nor NaN
+            raise argparse.ArgumentTypeError(f"{text}: must lie in {low:g} .. {high:g}")
+        return kind(text)
+    return number
+
+
+def parse_channels(text, c, flag="--channels"):
+    """Text -> sorted list of c'. InputError: not in 1 .. c.
+        "16:128:4"     from 16 in steps of 4, none above 128
+        "16,32,64,64"  these; a number given twice is drawn twice as often
+        None           16, 20, ..., c [paper], where c itself always counts"""
+    if text is None:
+        return [*range(16, c, 4), c]
+    try:
+        channels = [int(x) for x in re.split("[:,]", str(text))]
+        if ":" in str(text):
+            low, high, *stride = channels
+            channels = list(range(low, high + 1, *stride))
+    except (ValueError, TypeError):
+        raise InputError(f"{flag} {text}: write 16:128:4, or 16,32,64, or one number") from None
+    if not channels or min(channels) < 1 or max(channels) > c:
+        raise InputError(f"{flag} {text}: the numbers must lie in 1..{c}, the autoencoder's channels")
+    return sorted(channels)
+
+
+def doubling(c, smallest=None):
+    """smallest, 2 smallest, 4 smallest, ..., c. Without one, or where it is c (no masks): from c / 8 or 16
+    on, whichever is less."""
+    if smallest in (None, c):
+        smallest = min(16, max(1, c // 8))
+    channels = []
+    while smallest < c:
+        channels.append(smallest)
+        smallest *= 2
+    return channels + [c]
+
+
+def synchronized_time():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.time()
+
+
+def check_device(device):
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception:                                                   # torch raises several kinds
+        raise InputError(f"--device {device}: not on this machine; cpu always is") from None
+
+
+@contextmanager
+def writing(flag, path):
+    """Around what writes there: errors of the system, a full disk and the like, become one line."""
+    try:
+        yield
+    except OSError as e:
+        if e.strerror is None:                                          # not of the system
+            raise
+        raise InputError(f"{flag} {path}: {e}; make room there, or name another") from None
+
+
+def write(path, offset, data):
+    """Bytes into a file that is there; returns when it is on the disk. (Memory maps end in a signal where the
+    disk is full, and ranks lose each other's pages over NFS.)"""
+    with open(path, "r+b") as f:
+        f.seek(offset)
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def checksum(*arrays):
+    """CRC-32 of their bytes, one after the other; never 0."""
+    crc = 0
+    for x in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(x), crc)
+    return crc or 1
+
+
+def make_folder(path):
+    with writing("--out", path):
+        os.makedirs(path, exist_ok=True)
+    return path
+
+
+def lock(folder):
+    """Makes the folder this process's own until it ends, kill -9 included, or until the file that is returned
+    is closed. InputError where another process has it."""
+    file = open(Path(folder, ".lock"), "w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # a forked process does not hold it on
+    except OSError:
+        raise InputError(f"--out {folder}: another process is writing there; wait for it, or name another "
+                         "--out") from None
+    return file
+
+
+WAITS = (0.1, 0.4, 1.5, 3, 5)                                           # s between tries to read [ours]
 
 
 def patiently(call, path):
@@ -452,6 +551,99 @@ def patiently(call, path):
                 raise InputError(f"{e.filename or path}: {e.strerror}, for {sum(WAITS):.0f} s now; start "
                                  "again when it can be read") from None
         time.sleep(wait)
+
+
+class Screen:
+    """In the place of stdout or stderr: a thread of its own writes, so that a pipe that nobody reads, or that
+    was closed, neither ends a run nor keeps a signal from it."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")                   # None: was closed from the start
+        self.last = "\n"
+        self.start()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.start)              # loader processes print too
+        atexit.register(self.drain)
+
+    def start(self):
+        self.texts = queue.Queue(10_000)
+        threading.Thread(target=self.pump, daemon=True).start()
+
+    def write(self, text):
+        self.last = text[-1:] or self.last
+        if not self.texts.full():
+            self.texts.put(text)
+
+    def flush(self):
+        pass
+
+    def pump(self):
+        while True:
+            data = self.texts.get().encode(self.stream.encoding, "replace")
+            try:
+                while data:
+                    data = data[os.write(self.stream.fileno(), data):]
+            except OSError:                                             # closed
+                pass
+            self.texts.task_done()
+
+    def drain(self, seconds=5):
+        end = time.time() + seconds
+        while self.texts.unfinished_tasks and time.time() < end:
+            time.sleep(0.01)
+
+    def __getattr__(self, name):                                        # isatty, fileno, encoding, ...
+        return getattr(self.stream, name)
+
+
+def script(main, then=""):
+    """main() as a command: Ctrl-C ends it in one line, `then` at its end, and printing never holds it up."""
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    try:
+        main()
+    except BaseException as e:
+        if sys.stderr.last != "\n":                                     # a progress bar's line
+            sys.stderr.write("\n")
+        if isinstance(e, KeyboardInterrupt):
+            sys.exit("stopped by Ctrl-C" + then)
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Random numbers by key: of toy images here, of all noise in diffusion.py
+
+def splitmix64(state, n=0):
+    """Random int64: number n = 0, 1, ... of the generator in `state` [Steele, Lea, Flood 2014]. Of ints or
+    int64 tensors; keys the noise of diffusion.py too."""
+    def xor_shift(x, k):
+        return x ^ ((x >> k) & (2 ** (64 - k) - 1))                     # the mask: >> repeats the sign bit
+
+    x = state + (n + 1) * (0x9E3779B97F4A7C15 - 2**64)                  # the published constants, as signed
+    x = xor_shift(x, 30) * (0xBF58476D1CE4E5B9 - 2**64)                 # numbers; all of it wraps around
+    x = xor_shift(x, 27) * (0x94D049BB133111EB - 2**64)
+    return xor_shift(x, 31)
+
+
+def hash_uniform(index, n, salt):
+    """index (B,) int64 -> (B, n) fp32 in [0, 1), a function of index and salt."""
+    counter = index[:, None] * n + torch.arange(n) + (salt << 48)
+    return ((splitmix64(0, counter) >> 40) & (2**24 - 1)).float() * 2.0**-24
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images: folders and files
+
+Image.preinit()                                                         # the common formats, tried first
+Image.init()                                                            # and all others
+# EPS runs Ghostscript; the others pillow knows by name, but does not decode
+FORMATS = [kind for kind in Image.ID if kind not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")]
+SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS}
+warnings.filterwarnings("ignore", module="PIL")                         # of sizes and of odd metadata
+IN_A_ROW = 10                                                           # broken images replaced [ours]
+
+
+class Unreadable(Exception):
+    """A file that does not decode as an image, and why."""
 
 
 def open_images(path, size, train=False, seed=0):
@@ -757,24 +949,6 @@ def save_grid(pixels, path, ncol, titles=None, rows=None):
 # ------------------------------------------------------------------------------------------------------------
 # Toy images [ours]: functions of their index, an object (structure) under stripes and grain (detail)
 
-def splitmix64(state, n=0):
-    """Random int64: number n = 0, 1, ... of the generator in `state` [Steele, Lea, Flood 2014]. Of ints or
-    int64 tensors; keys the noise of diffusion.py too."""
-    def xor_shift(x, k):
-        return x ^ ((x >> k) & (2 ** (64 - k) - 1))                     # the mask: >> repeats the sign bit
-
-    x = state + (n + 1) * (0x9E3779B97F4A7C15 - 2**64)                  # the published constants, as signed
-    x = xor_shift(x, 30) * (0xBF58476D1CE4E5B9 - 2**64)                 # numbers; all of it wraps around
-    x = xor_shift(x, 27) * (0x94D049BB133111EB - 2**64)
-    return xor_shift(x, 31)
-
-
-def hash_uniform(index, n, salt):
-    """index (B,) int64 -> (B, n) fp32 in [0, 1), a function of index and salt."""
-    counter = index[:, None] * n + torch.arange(n) + (salt << 48)
-    return ((splitmix64(0, counter) >> 40) & (2**24 - 1)).float() * 2.0**-24
-
-
 def box(x, y, a, b):
     return torch.maximum(x.abs() - a, y.abs() - b)
 
@@ -859,169 +1033,6 @@ class ToyImages(Images):
         grain = hash_uniform(index, S * S, 3 + self.train).view(-1, 1, S, S) - 0.5
         picture = ground + inside * (colour * (0.85 + 0.15 * stripes) - ground) + 0.02 * grain
         return 2 * picture - 1, label
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What every script needs of the system
-
-class InputError(SystemExit, ValueError):
-    """Bad input, in one line of less than 200 characters: in its middle a longer one is cut. As SystemExit it
-    ends a script with that line; as ValueError one catches it."""
-
-    def __init__(self, message):
-        message = str(message).split("\nae.InputError: ")[-1]           # below a loader process's traceback
-        line = " ".join(message.split())
-        super().__init__(line if len(line) < 200 else f"{line[:100]} ... {line[-90:]}")
-
-
-class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default of each flag that has one."""
-
-    def _get_help_string(self, action):
-        plain = action.default is None or action.default is False
-        return action.help if plain else super()._get_help_string(action)
-
-
-class Flags(argparse.ArgumentParser):
-    """Wrong flags end in one line, in every script."""
-
-    def __init__(self, formatter_class=DefaultsHelp, **about):
-        super().__init__(formatter_class=formatter_class, **about)
-
-    def add(self, flag, kind, default, help, **more):
-        """kind: of its value; bool: a switch, with a --no- form."""
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        self.add_argument(flag, default=default, help=help, **how, **more)
-
-    def error(self, message):
-        message = re.sub(r"argument (--\w+):", r"\1", " ".join(message.split()))
-        raise InputError(f"{message[:150]} (--help explains each flag)")
-
-
-def within(kind, low, high):
-    """The kind of a flag: a number, int or float, that must lie there."""
-    def number(text):
-        if not low <= kind(text) <= high:                               # nor NaN
-            raise argparse.ArgumentTypeError(f"{text}: must lie in {low:g} .. {high:g}")
-        return kind(text)
-    return number
-
-
-def synchronized_time():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.time()
-
-
-def check_device(device):
-    try:
-        torch.zeros(1, device=device).cpu()
-    except Exception:                                                   # torch raises several kinds
-        raise InputError(f"--device {device}: not on this machine; cpu always is") from None
-
-
-@contextmanager
-def writing(flag, path):
-    """Around what writes there: errors of the system, a full disk and the like, become one line."""
-    try:
-        yield
-    except OSError as e:
-        if e.strerror is None:                                          # not of the system
-            raise
-        raise InputError(f"{flag} {path}: {e}; make room there, or name another") from None
-
-
-def write(path, offset, data):
-    """Bytes into a file that is there; returns when it is on the disk. (Memory maps end in a signal where the
-    disk is full, and ranks lose each other's pages over NFS.)"""
-    with open(path, "r+b") as f:
-        f.seek(offset)
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def checksum(*arrays):
-    """CRC-32 of their bytes, one after the other; never 0."""
-    crc = 0
-    for x in arrays:
-        crc = zlib.crc32(np.ascontiguousarray(x), crc)
-    return crc or 1
-
-
-def make_folder(path):
-    with writing("--out", path):
-        os.makedirs(path, exist_ok=True)
-    return path
-
-
-def lock(folder):
-    """Makes the folder this process's own until it ends, kill -9 included, or until the file that is returned
-    is closed. InputError where another process has it."""
-    file = open(Path(folder, ".lock"), "w")
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # a forked process does not hold it on
-    except OSError:
-        raise InputError(f"--out {folder}: another process is writing there; wait for it, or name another "
-                         "--out") from None
-    return file
-
-
-class Screen:
-    """In the place of stdout or stderr: a thread of its own writes, so that a pipe that nobody reads, or that
-    was closed, neither ends a run nor keeps a signal from it."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")                   # None: was closed from the start
-        self.last = "\n"
-        self.start()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.start)              # loader processes print too
-        atexit.register(self.drain)
-
-    def start(self):
-        self.texts = queue.Queue(10_000)
-        threading.Thread(target=self.pump, daemon=True).start()
-
-    def write(self, text):
-        self.last = text[-1:] or self.last
-        if not self.texts.full():
-            self.texts.put(text)
-
-    def flush(self):
-        pass
-
-    def pump(self):
-        while True:
-            data = self.texts.get().encode(self.stream.encoding, "replace")
-            try:
-                while data:
-                    data = data[os.write(self.stream.fileno(), data):]
-            except OSError:                                             # closed
-                pass
-            self.texts.task_done()
-
-    def drain(self, seconds=5):
-        end = time.time() + seconds
-        while self.texts.unfinished_tasks and time.time() < end:
-            time.sleep(0.01)
-
-    def __getattr__(self, name):                                        # isatty, fileno, encoding, ...
-        return getattr(self.stream, name)
-
-
-def script(main, then=""):
-    """main() as a command: Ctrl-C ends it in one line, `then` at its end, and printing never holds it up."""
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
-    try:
-        main()
-    except BaseException as e:
-        if sys.stderr.last != "\n":                                     # a progress bar's line
-            sys.stderr.write("\n")
-        if isinstance(e, KeyboardInterrupt):
-            sys.exit("stopped by Ctrl-C" + then)
-        raise
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ METRICS = ("fid", "is", "precision", "recall", "psnr", "ssim")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What all parts use: ranks, sizes as text
+# What all parts use: ranks, sizes as text, precision
 
 
 def ranks():
@@ -77,6 +77,22 @@ def gather_rows(parts):
 
 def hxw(size):
     return f"{size[0]}x{size[1]}" if size else "?x?"
+
+
+@contextmanager
+def full_precision(device):
+    """fp32 as written, whatever the caller allows: no autocast, TF32, bf16. The settings come back after."""
+    ops = (torch.backends.cuda.matmul, torch.backends.cudnn.conv,
+           torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    before = [op.fp32_precision for op in ops]
+    try:
+        for op in ops:
+            op.fp32_precision = "ieee"
+        with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
+            yield
+    finally:
+        for op, value in zip(ops, before):
+            op.fp32_precision = value
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -375,22 +391,6 @@ def resize_torch(pixels, side=299):
 # Feature extractors
 
 
-@contextmanager
-def full_precision(device):
-    """fp32 as written, whatever the caller allows: no autocast, TF32, bf16. The settings come back after."""
-    ops = (torch.backends.cuda.matmul, torch.backends.cudnn.conv,
-           torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-    before = [op.fp32_precision for op in ops]
-    try:
-        for op in ops:
-            op.fp32_precision = "ieee"
-        with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
-            yield
-    finally:
-        for op, value in zip(ops, before):
-            op.fp32_precision = value
-
-
 @dataclass
 class Extractor:
     """Call it on uint8 (B, H, W, 3): (features (B, D), logits (B, K) or None), fp32. InputError otherwise."""
@@ -458,61 +458,6 @@ class Exported:
             raise InputError(f"--features {self.path}: want features (B, D), logits (B, K), "
                              f"not {tuple(outs[0].shape)}")
         return (*(out[:n] for out in outs), None)[:2]
-
-
-# torch.export.load unpickles parts of a file, evaluates its text and calls what it names. So it gets a copy:
-# of tensors and JSON alone, in which each text must match the pattern of its key in TEXT, else -?[\w.]*.
-OPERATOR = (
-    r"torch\.ops\.(aten|prims)\.(?!save\.|from_file\.|_?sparse)\w+\.[a-zA-Z]\w*|torch\._?sym_\w+|"
-    r"torch\.ops\.higher_order\.(cond|wrap_with_(autocast|set_grad_enabled))|math\.[a-z]\w*|_operator\.(add|"
-    r"and_|eq|floordiv|ge|getitem|gt|le|lshift|lt|mod|mul|ne|neg|or_|pos|pow|rshift|sub|truediv)")
-SIZE = (                            # what sizes of tensors are written with: sympy evaluates it
-    "Symbol|Integer|Rational|Float|Add|Mul|Pow|Max|Min|Abs|(Python)?Mod|(Floor|Ceil|Clean)Div|And|Or|Not|"
-    "(Int|Float)TrueDiv|PowByNatural|FloatPow|(Trunc|Floor|Ceil|Round)ToInt|ToFloat|ModularIndexing|Identity|"
-    "Equality|Unequality|(Strict)?(Less|Greater)Than")
-TEXT = {
-    "target": OPERATOR, "as_operator": OPERATOR, "name": r"\w*", "as_name": r"\w*", "as_string": r"(?s:.*)",
-    "expr_str": rf"(({SIZE})\(|'[a-z]+\d+'|'[-\d.e]+'|[a-z]+=(True|False|\d+)|-?\d+|true|false|[), ])*",
-    "torch_version": r"[\w.+]*",
-    "type": r"builtins\.(tuple|list|dict)|[a-z]+", "context": r'null|\[[\w", ]*\]',
-    "path_name": r"(weight|tensor)_\d+",
-}
-MEMBERS = (                         # and those of older files
-    r"[^/]+/(models/model\.json|data/\w+/(model_\w+_config\.json|model\.pt|weight_\d+|tensor_\d+)|"
-    r"archive_\w+|byteorder|\.data/\w+)|version|serialized_exported_program\.json|serialized_\w+\.pt")
-
-
-def check_text(x, key=None):
-    """JSON -> the same. ValueError for text that may do anything."""
-    if isinstance(x, list):
-        return [check_text(part, key) for part in x]
-    if isinstance(x, dict):
-        if x.get("use_pickle"):
-            raise ValueError("pickled weights")
-        for name in x.keys() & {"metadata", "guards_code"}:
-            x[name] = type(x[name])()                           # text of other kinds, not needed
-        return {check_text(name): check_text(part, name) for name, part in x.items()}
-    if key in ("in_spec", "out_spec"):
-        return json.dumps(check_text(json.loads(x)))
-    if isinstance(x, str) and not re.fullmatch(TEXT.get(key, r"-?[\w.]*"), x):
-        raise ValueError(f"{key} {x}")
-    return x
-
-
-def plain_copy(path):
-    """A file of torch.export.save -> what of it may be loaded, as a file in memory. Raises for others."""
-    copy = io.BytesIO()
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
-        for name in old.namelist():
-            if re.fullmatch(MEMBERS, name):
-                data = old.read(name)                           # checks its sum
-                if name.endswith(".json"):
-                    data = json.dumps(check_text(json.loads(data)))
-                if name.endswith(".pt") and data:               # pickled: no more than tensors
-                    torch.load(io.BytesIO(data), weights_only=True)
-                new.writestr(name, data)
-    copy.seek(0)
-    return copy
 
 
 def check_files(inception, features):
@@ -648,18 +593,6 @@ class ImageSet(torch.utils.data.Dataset):
     __getitem__ = read                                          # of a DataLoader, whose samples are batches
 
 
-def read_batches(images, batch=64, workers=0):
-    """An ImageSet -> batches of uint8 (B, H, W, 3), in order; under torchrun this rank's slice. workers:
-    processes that decode a folder's files."""
-    rank, world = ranks()
-    first = images.n * rank // world
-    last = images.n * (rank + 1) // world
-    spans = [range(i, min(i + batch, last)) for i in range(first, last, batch)]
-    workers = min(workers, len(spans) // 2) if images.kind == "folder" else 0
-    yield from torch.utils.data.DataLoader(images, batch_size=None, sampler=spans, num_workers=workers,
-                                           pin_memory=torch.cuda.is_available())
-
-
 class NpzImages:
     """The arr_0 of an .npz, stored as np.savez does. Images are read when they are asked for: 50,000 are
     gigabytes. (A memory map would do that too, and end the process where the file becomes shorter.)
@@ -699,6 +632,18 @@ class NpzImages:
             return pixels.reshape(self.shape[1:])
 
         return patiently(read, self.path)
+
+
+def read_batches(images, batch=64, workers=0):
+    """An ImageSet -> batches of uint8 (B, H, W, 3), in order; under torchrun this rank's slice. workers:
+    processes that decode a folder's files."""
+    rank, world = ranks()
+    first = images.n * rank // world
+    last = images.n * (rank + 1) // world
+    spans = [range(i, min(i + batch, last)) for i in range(first, last, batch)]
+    workers = min(workers, len(spans) // 2) if images.kind == "folder" else 0
+    yield from torch.utils.data.DataLoader(images, batch_size=None, sampler=spans, num_workers=workers,
+                                           pin_memory=torch.cuda.is_available())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -920,6 +865,64 @@ def pairwise(samples, reference, metrics, batch=64, workers=0):
         if m == "psnr":
             result["psnr_n"] = len(values)
     return result
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A stranger's exported network (--features): what of its file may be loaded
+
+# torch.export.load unpickles parts of a file, evaluates its text and calls what it names. So it gets a copy:
+# of tensors and JSON alone, in which each text must match the pattern of its key in TEXT, else -?[\w.]*.
+OPERATOR = (
+    r"torch\.ops\.(aten|prims)\.(?!save\.|from_file\.|_?sparse)\w+\.[a-zA-Z]\w*|torch\._?sym_\w+|"
+    r"torch\.ops\.higher_order\.(cond|wrap_with_(autocast|set_grad_enabled))|math\.[a-z]\w*|_operator\.(add|"
+    r"and_|eq|floordiv|ge|getitem|gt|le|lshift|lt|mod|mul|ne|neg|or_|pos|pow|rshift|sub|truediv)")
+SIZE = (                            # what sizes of tensors are written with: sympy evaluates it
+    "Symbol|Integer|Rational|Float|Add|Mul|Pow|Max|Min|Abs|(Python)?Mod|(Floor|Ceil|Clean)Div|And|Or|Not|"
+    "(Int|Float)TrueDiv|PowByNatural|FloatPow|(Trunc|Floor|Ceil|Round)ToInt|ToFloat|ModularIndexing|Identity|"
+    "Equality|Unequality|(Strict)?(Less|Greater)Than")
+TEXT = {
+    "target": OPERATOR, "as_operator": OPERATOR, "name": r"\w*", "as_name": r"\w*", "as_string": r"(?s:.*)",
+    "expr_str": rf"(({SIZE})\(|'[a-z]+\d+'|'[-\d.e]+'|[a-z]+=(True|False|\d+)|-?\d+|true|false|[), ])*",
+    "torch_version": r"[\w.+]*",
+    "type": r"builtins\.(tuple|list|dict)|[a-z]+", "context": r'null|\[[\w", ]*\]',
+    "path_name": r"(weight|tensor)_\d+",
+}
+MEMBERS = (                         # and those of older files
+    r"[^/]+/(models/model\.json|data/\w+/(model_\w+_config\.json|model\.pt|weight_\d+|tensor_\d+)|"
+    r"archive_\w+|byteorder|\.data/\w+)|version|serialized_exported_program\.json|serialized_\w+\.pt")
+
+
+def check_text(x, key=None):
+    """JSON -> the same. ValueError for text that may do anything."""
+    if isinstance(x, list):
+        return [check_text(part, key) for part in x]
+    if isinstance(x, dict):
+        if x.get("use_pickle"):
+            raise ValueError("pickled weights")
+        for name in x.keys() & {"metadata", "guards_code"}:
+            x[name] = type(x[name])()                           # text of other kinds, not needed
+        return {check_text(name): check_text(part, name) for name, part in x.items()}
+    if key in ("in_spec", "out_spec"):
+        return json.dumps(check_text(json.loads(x)))
+    if isinstance(x, str) and not re.fullmatch(TEXT.get(key, r"-?[\w.]*"), x):
+        raise ValueError(f"{key} {x}")
+    return x
+
+
+def plain_copy(path):
+    """A file of torch.export.save -> what of it may be loaded, as a file in memory. Raises for others."""
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
+        for name in old.namelist():
+            if re.fullmatch(MEMBERS, name):
+                data = old.read(name)                           # checks its sum
+                if name.endswith(".json"):
+                    data = json.dumps(check_text(json.loads(data)))
+                if name.endswith(".pt") and data:               # pickled: no more than tensors
+                    torch.load(io.BytesIO(data), weights_only=True)
+                new.writestr(name, data)
+    copy.seek(0)
+    return copy
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -312,26 +312,6 @@ def open_perceptual(args, ranks):
     return perceptual
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all ranks; unlike torch's own it also runs under gloo on CPU."""
-
-    def forward(self, x):                                       # (b,C,H,W)
-        return self.over_ranks(x) if self.training and dist.is_initialized() else super().forward(x)
-
-    @torch.compiler.disable                                     # its all_reduce cannot be traced
-    def over_ranks(self, x):
-        n = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = differentiable_all_reduce(x.float().sum((0, 2, 3))) / n      # (C,)
-        away = x.float() - mean[:, None, None]
-        var = differentiable_all_reduce(away.square().sum((0, 2, 3))) / n
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
-
-
 def select_trainable(ae, phase, train):
     """Freeze all but the tensors that --phase and --train name; returns their names. BatchNorm of a frozen
     stage stays in eval mode, so that its statistics do not move; elsewhere it counts the batches of all
@@ -607,6 +587,10 @@ def check_training(args, config):
     for flag, smallest in (("gan", 24), ("lpips", 16)):         # their strides
         if getattr(args, flag) and args.size < smallest:
             raise InputError(f"--image_size {args.size}: --{flag} needs {smallest} px or more; or --{flag} 0")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The network that the flags ask for, and its cost
 
 
 def open_init(args):
@@ -1049,6 +1033,26 @@ def sync_gradients(module, on):
         module.set_requires_gradient_sync(on)
 
 
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all ranks; unlike torch's own it also runs under gloo on CPU."""
+
+    def forward(self, x):                                       # (b,C,H,W)
+        return self.over_ranks(x) if self.training and dist.is_initialized() else super().forward(x)
+
+    @torch.compiler.disable                                     # its all_reduce cannot be traced
+    def over_ranks(self, x):
+        n = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = differentiable_all_reduce(x.float().sum((0, 2, 3))) / n      # (C,)
+        away = x.float() - mean[:, None, None]
+        var = differentiable_all_reduce(away.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
 def shard(module, units, ranks, args, compile=False):
     """FSDP2: every unit gathers its weights when it runs, in bf16 with --dtype bf16; gradients are reduced in
     fp32. On several nodes shards stay within a node and gradients are averaged across nodes (hybrid
@@ -1346,6 +1350,14 @@ def read_log(folder, name):
         return [json.loads(line) for line in f]
 
 
+def step_of(line):
+    """Of a line of a log; of half a line more than any."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, LookupError, TypeError):
+        return math.inf
+
+
 PANELS = {"loss and its parts": "loss|l1|lpips|g|d",            # of curves.png: names in the logs
           "loss by c'": r"loss_c\d+",
           "loss by quarter of the time axis": r"loss_t\d",
@@ -1387,14 +1399,6 @@ def import_wandb():
     except ImportError:
         raise InputError("--wandb: needs one more package: pip install wandb") from None
     return wandb
-
-
-def step_of(line):
-    """Of a line of a log; of half a line more than any."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, LookupError, TypeError):
-        return math.inf
 
 
 def commit():

@@ -510,6 +510,10 @@ def configure(args, ranks):
     return ae, c, size
 
 
+# ----------------------------------------------------------------------------------------------------------
+# The network that the flags ask for, and its cost
+
+
 def open_latent_space(args):
     """(autoencoder, c, latent side); --bench and --dry_run need no autoencoder, numbers or a name are
     enough."""
