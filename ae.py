@@ -1187,8 +1187,6 @@ def digest(file):
     return DIGEST + hashlib.sha256(np.memmap(file, mode="r")[:-64]).hexdigest().encode()
 
 
-
-
 def import_safetensors():
     try:
         import safetensors.torch

@@ -137,7 +137,8 @@ class Adversary:
         loss = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
         return loss, {"d": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
 
-    def step(self):
+    def step(self, lr):
+        set_lr(self.opt, lr)
         for p in self.params:
             self.ranks.mean(p.grad)
         self.guard.step(self.opt, self.params, self.args.clip)
@@ -202,7 +203,6 @@ def train(args, ranks, config, ae):
     params = [p for p in ae.parameters() if p.requires_grad]
     opt = adamw(params, args.lr, args.betas, args.weight_decay)
     adversary = Adversary(args, ranks, config.in_channels) if args.gan else None
-    optimizers = [opt, adversary.opt] if adversary else [opt]
 
     # Where the run stands. z_square: running mean of z^2; a checkpoint's scale is 1 / its root
     start_step, z_square = 0, torch.tensor(1 / ae.scale**2, device=ranks.device)
@@ -228,10 +228,9 @@ def train(args, ranks, config, ae):
     stream = random_batch(args, ranks, *shape) if args.bench else batches(data, args, ranks, start_step)
     encoder_trains = any(p.requires_grad for p in ae.encoder.parameters())
     for step in run.steps(start_step):
-        lr = set_lr(learning_rate(step, args), *optimizers)
+        lr = set_lr(opt, learning_rate(step, args))
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
         mask = channel_mask(config.c, c_prime, ranks.device)    # (1,c,1,1): c' ones, then zeros
-        names = loss_names(config.c, args.channels, c_prime)     # loss, loss_c<bin>
         step_z_square = 0.0
 
         for micro in range(args.accumulate):
@@ -246,25 +245,24 @@ def train(args, ranks, config, ae):
                 loss = loss + args.lpips * terms["lpips"]
             if adversary:
                 terms["g"] = adversary.autoencoder_loss(rec)
-                loss = loss + adversary.weight(step) * terms["g"]
+                terms["gan_weight"] = torch.full_like(l1, adversary.weight(step))
+                loss = loss + terms["gan_weight"] * terms["g"]
             (loss / args.accumulate).backward()
-
             if adversary:                                       # the other player's turn
                 d_loss, d_terms = adversary.discriminator_loss(img, rec)
                 (d_loss / args.accumulate).backward()
                 terms |= d_terms
             step_z_square = step_z_square + z2 / args.accumulate
-            run.add(**dict.fromkeys(names, loss), **terms)
+            run.add(**dict.fromkeys(loss_names(config.c, args.channels, c_prime), loss), **terms)
 
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
         run.add(grad_norm=grad_norm)
         if adversary:
-            adversary.step()
+            adversary.step(lr)
         if ema:
             ema_update(ema, ae, args.ema, args.ema_warmup, step + 1, taken)
         z_square = running_mean(z_square, step_z_square, step, taken * encoder_trains)
-        facts = {"gan_weight": adversary.weight(step)} if adversary else {}
-        run.log(step, guard, lr=lr, c_prime=c_prime, **facts)
+        run.log(step, guard, lr=lr, c_prime=c_prime)
 
         done, stop = step + 1, run.stop                         # read once: a signal may come at any line
         if stop or run.due(done, args.save_every):
@@ -276,8 +274,7 @@ def train(args, ranks, config, ae):
         if stop:
             break
         if run.due(done, args.eval_every):
-            with run.waiting():
-                evaluation.report(run, ema or ae, done)
+            evaluation.report(run, ema or ae, done)
     run.close()
     if args.bench:
         return run.bench_line(model_name(config), meta_cost(config, args)[0])
@@ -453,9 +450,10 @@ class Evaluation:
         """The table of a training run's network: on the screen, in eval.jsonl, with a picture beside it."""
         eval_ae = DCAE(self.config).to(self.ranks.device).eval()    # whole on every rank, also under --fsdp
         eval_ae.load_state_dict(get_model_state_dict(ae, options=WHOLE))
-        table = self.table(eval_ae)
         path = f"{self.args.out}/recon_{step:07d}.png"
-        self.picture(eval_ae, path)
+        with run.waiting():
+            table = self.table(eval_ae)
+            self.picture(eval_ae, path)
         run.append("eval.jsonl", {"step": step, "table": table})
         self.ranks.print0(f"step {step}: {self.as_text(table)}")
         run.publish(step, path)
@@ -946,10 +944,9 @@ def learning_rate(step, args, start=0.0):
     return warm * min(1.0, (args.steps - step) / max(1, args.cooldown))
 
 
-def set_lr(lr, *opts):
-    for opt in opts:
-        for group in opt.param_groups:
-            group["lr"] = lr
+def set_lr(opt, lr):
+    for group in opt.param_groups:
+        group["lr"] = lr
     return lr
 
 
@@ -1060,8 +1057,10 @@ def shard(module, units, ranks, args, compile=False):
     if not dist.is_initialized():                               # one process without torchrun
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    mesh = init_device_mesh(ranks.device.type, (ranks.size // local, local),
-                            mesh_dim_names=("replicate", "shard"))
+    shape, names = (ranks.size,), ("shard",)
+    if ranks.size > local:
+        shape, names = (ranks.size // local, local), ("replicate", "shard")
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if args.dtype == "bf16" else None,
                                   reduce_dtype=torch.float32, cast_forward_inputs=False)      # t stays fp32
     if compile:

@@ -108,9 +108,8 @@ def train(args, ranks, ae, c, size):
     shape = c, size, size
     stream = random_batch(args, ranks, *shape) if args.bench else batches(latents, args, ranks, start_step)
     for step in run.steps(start_step):
-        lr = set_lr(learning_rate(step, args, WARMUP_START), opt)
+        lr = set_lr(opt, learning_rate(step, args, WARMUP_START))
         c_prime = draw_channels(args.channels, args.seed, step)  # one for all ranks and micro-batches
-        names = loss_names(c, args.channels, c_prime)            # loss, loss_c<bin>
 
         for micro in range(args.accumulate):
             z, y = run.next(stream)                             # raw latents (b,c,h,w), labels (b,)
@@ -130,7 +129,7 @@ def train(args, ranks, ae, c, size):
                 loss = training_loss(forward, z, y, c_prime, t, noise, reduction="none")  # (b,)
             (loss.mean() / args.accumulate).backward()
 
-            run.add(**dict.fromkeys(names, loss.mean()))
+            run.add(**dict.fromkeys(loss_names(c, args.channels, c_prime), loss.mean()))
             add_quarters(run, loss.detach().float(), u)
 
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
@@ -146,8 +145,7 @@ def train(args, ranks, ae, c, size):
         if stop:
             break
         if run.due(done, args.eval_every):
-            with run.waiting():
-                evaluate(run, done, ema, ae, latents, reference)
+            evaluate(run, done, ema, ae, latents, reference)
     run.close()
     if args.bench:
         return run.bench_line(args.model, forward_macs(net), latent=list(shape))
@@ -413,11 +411,12 @@ def preview_file(args, step):
 @torch.no_grad()
 def evaluate(run, done, ema, ae, latents, reference):
     """With --fid a line in fid.jsonl, then a PNG at fixed seeds and classes: convergence by eye."""
-    if reference and not run.has("fid.jsonl", done):
-        score(run, done, ema, ae, latents, reference)
     classes = max(1, latents.num_classes)
-    if run.ranks.is_main or run.args.fsdp:                      # FSDP: all ranks gather weights
-        z = sample_latents(run, ema, torch.arange(40) % classes)
+    with run.waiting():
+        if reference and not run.has("fid.jsonl", done):
+            score(run, done, ema, ae, latents, reference)
+        if run.ranks.is_main or run.args.fsdp:                  # FSDP: all ranks gather weights
+            z = sample_latents(run, ema, torch.arange(40) % classes)
     if run.ranks.is_main:
         pixels = torch.cat([to_uint8(ae.decode(part / latents.scale)) for part in z.split(8)])
         columns = min(10, latents.num_classes or 10)
