@@ -54,7 +54,7 @@ except ImportError:                                                     # Window
 
 
 class InputError(SystemExit, ValueError):
-    """Bad input, in one line of less than 200 characters: in its middle a longer one is cut. As SystemExit it
+    """Bad input, in one line of less than 200 characters; a longer one is cut in its middle. As SystemExit it
     ends a script with that line; as ValueError one catches it."""
 
     def __init__(self, message):
@@ -263,7 +263,7 @@ class Up(nn.Module):
 # The autoencoder
 
 class Stage(nn.Sequential):
-    """Blocks of one size. checkpointing: what they compute is computed once more in the backward pass."""
+    """Blocks of one size. checkpointing: activations are recomputed in the backward pass, to save memory."""
     checkpointing = False
 
     def forward(self, x):
@@ -1004,6 +1004,7 @@ class ToyImages(Images):
         if index.min() < 0 or index.max() >= len(self):
             raise IndexError(f"toy images are numbered 0 to {len(self) - 1}")
         label = index % len(SHAPES)
+        # Salts: 1, 2 of evaluation's and of training's objects, 3, 4 of their grain
         u = hash_uniform(index, 9, 1 + self.train)[:, :, None, None]    # u[:, k]: (B, 1, 1)
         radius = 0.26 + 0.14 * u[:, 0]                                  # in picture widths
         turn = math.radians(24) * (u[:, 1] - 0.5)                       # up to 12 degrees
@@ -1041,7 +1042,7 @@ class ToyImages(Images):
 FILES = ("ckpt.pt", "ckpt_prev.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
          "model.safetensors", "pytorch_model.bin", "model.pt", "*.index*.json", "*.safetensors")
 HUB = (r"(mit-han-lab|dc-ai)/dc-ae-[\w.-]+", "dc-ai/dc-ae-1.5-f64c128")        # published names, and one
-NOT_YOURS = "{0}: named by a checkpoint, not by you; to download it, pass --ae {0} yourself"
+NOT_DOWNLOADED = "{0}: named by a checkpoint, not by you; to download it, pass --ae {0} yourself"
 DIGEST = b"sha256 "                                                     # marks a checkpoint's zip comment
 
 
@@ -1074,7 +1075,7 @@ def fetch(name, download):
                                       local_files_only=not download))
     except Exception:                                                   # of the network, the hub, or the disk
         lost = f"{name}: no download; put the files of {url} into a folder, and name that"
-        raise InputError(lost if download else NOT_YOURS.format(name)) from None
+        raise InputError(lost if download else NOT_DOWNLOADED.format(name)) from None
 
 
 class Damaged(InputError):
@@ -1418,7 +1419,7 @@ def open_autoencoder(x, download=True):
         hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", x) and not Path(x).parent.exists()
         kl = hub_name and not x.startswith("out/") and "dc-ae" not in x
         if kl and not download:
-            raise InputError(NOT_YOURS.format(x))
+            raise InputError(NOT_DOWNLOADED.format(x))
     return DiffusersKL(x).eval() if kl else DCAE.from_pretrained(x, download)
 
 

@@ -189,7 +189,7 @@ def unpatchify(x, grid, p):                                             # (B, hw
 
 
 class Denoiser(nn.Module):
-    """What both networks share. checkpointing = True: activations within a block are computed once more."""
+    """What both networks share. checkpointing = True: activations are recomputed in the backward pass."""
     checkpointing = False
 
     def __init__(self, grid, num_classes, patch):
@@ -538,7 +538,7 @@ HUB = (
 )
 
 # What a published name or file name says
-PUBLISHED = (
+NAME_PATTERNS = (
     r"dc-ae-(?P<ae>[\w.-]+)-(?P<family>dit|sit|uvit|usit)-\w+-in-(?P<px>\d+)px",   # as in HUB
     r"(?P<family>dit|sit)-\w+-\d+-(?P<px>\d+)x\d+",                         # SiT-XL-2-256x256.pt
     r"imagenet(?P<px>\d+)_(?P<family>uvit)",                                # imagenet256_uvit_huge.pth
@@ -641,7 +641,7 @@ def read_published(path, content, x, name, config):
 def hint_of(*names):
     """{"ae", "family", "px"} as far as published names tell them."""
     for name in names:
-        for rule in PUBLISHED:
+        for rule in NAME_PATTERNS:
             if found := re.search(rule, name, re.I):
                 return found.groupdict()
     return {}

@@ -52,7 +52,7 @@ METRICS = ("fid", "is", "precision", "recall", "psnr", "ssim")
 # What all parts use: ranks, sizes as text, precision
 
 
-def ranks():
+def rank_and_world():
     """(rank, number of ranks): (0, 1) without torchrun."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -61,7 +61,7 @@ def ranks():
 
 def gather(thing):
     """[the thing of rank 0, of rank 1, ...], on every rank."""
-    things = [thing] * ranks()[1]
+    things = [thing] * rank_and_world()[1]
     if len(things) > 1:
         dist.all_gather_object(things, thing)
     return things
@@ -495,7 +495,8 @@ def fetch_weights():
     try:
         if not path.is_file():                                  # several ranks may do it: files move whole
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH, progress=ranks()[0] == 0)
+            is_main = rank_and_world()[0] == 0
+            torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH, progress=is_main)
     except Exception as e:                                      # of the network, the disk, or a wrong hash
         raise InputError(f"no Inception weights: {URL} (sha256 {HASH}...): {type(e).__name__}; "
                          "--inception FILE takes a copy") from e
@@ -605,7 +606,7 @@ class NpzImages:
         self.path = path
         self.time = os.stat(path).st_mtime_ns
         with zipfile.ZipFile(path) as z:
-            if ranks()[0] == 0 and z.testzip():
+            if rank_and_world()[0] == 0 and z.testzip():
                 raise ValueError("checksum")
             member = z.getinfo("arr_0.npy")
             with z.open(member) as f:
@@ -637,7 +638,7 @@ class NpzImages:
 def read_batches(images, batch=64, workers=0):
     """An ImageSet -> batches of uint8 (B, H, W, 3), in order; under torchrun this rank's slice. workers:
     processes that decode a folder's files."""
-    rank, world = ranks()
+    rank, world = rank_and_world()
     first = images.n * rank // world
     last = images.n * (rank + 1) // world
     spans = [range(i, min(i + batch, last)) for i in range(first, last, batch)]
@@ -741,7 +742,7 @@ def statistics_of(batches, extractor, metrics=METRICS, total=None, path="samples
     Under torchrun each rank gives its own batches and gets the statistics of all. total: of the progress bar.
     InputError for images of different sizes.
     """
-    rank, world = ranks()
+    rank, world = rank_and_world()
     moments = Moments()
     features = []
     logits = []
@@ -1016,7 +1017,7 @@ def main(argv=None):
     if torchrun:
         backend = "nccl" if args.device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))       # ranks wait while one decodes
-    rank, world = ranks()
+    rank, world = rank_and_world()
 
     def print0(line):
         if rank == 0 and args.json is None:
@@ -1057,12 +1058,11 @@ def main(argv=None):
     if pairs:
         result |= pairwise(**sides, metrics=pairs, batch=args.batch_size, workers=args.workers)
 
-    names = (result.get("name"), prefix + "Inception Score", prefix + "precision", prefix + "recall",
-             "PSNR", "SSIM")
-    for metric, name in zip(METRICS, names):
+    names = {"fid": result.get("name"), "is": prefix + "Inception Score", "psnr": "PSNR", "ssim": "SSIM"}
+    for metric in METRICS:
         if result.get(metric) is not None:
             spread = f" +- {result['is_std']:.4f}" if metric == "is" else ""
-            print0(f"{name} {result[metric]:.4f}{spread}")
+            print0(f"{names.get(metric, prefix + metric)} {result[metric]:.4f}{spread}")
     if result.get("psnr_n", n) != n:
         print0(f"PSNR inf of {n - result['psnr_n']} equal pairs, which its mean leaves out")
     if two and is_jpeg(sides["samples"]):

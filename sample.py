@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import time
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,8 +96,6 @@ def guided(net, y, guidance, interval):
         return pred.index_copy(0, g, pred_guided), out[:b, c : c + k]
 
     return model
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -299,15 +298,16 @@ def dopri5(net, model, x, steps, noise, rtol=1e-3, atol=1e-6, smallest=1e-4):
     return result
 
 
-# Name: function, default steps [DC-Gen; heun, dpm++2m ours], fewest steps, objectives that it fits
+# steps: the default [DC-Gen; heun, dpm++2m ours]; fewest; objectives that it fits
+Solver = namedtuple("Solver", "function steps fewest objectives")
 SOLVERS = {
-    "ddpm": (ddpm, 250, 2, ("ddpm",)),
-    "dpm": (dpm, 30, 1, ("vp", "ddpm")),
-    "dpm++2m": (dpm2m, 30, 1, ("vp", "ddpm")),
-    "dopri5": (dopri5, None, 1, ("flow",)),                     # picks its own steps
-    "heun": (heun, 50, 1, ("flow",)),
-    "euler": (euler, 250, 1, ("flow",)),
-    "sde": (sde, 250, 2, ("flow",)),
+    "ddpm": Solver(ddpm, 250, 2, ("ddpm",)),
+    "dpm": Solver(dpm, 30, 1, ("vp", "ddpm")),
+    "dpm++2m": Solver(dpm2m, 30, 1, ("vp", "ddpm")),
+    "dopri5": Solver(dopri5, None, 1, ("flow",)),               # picks its own steps
+    "heun": Solver(heun, 50, 1, ("flow",)),
+    "euler": Solver(euler, 250, 1, ("flow",)),
+    "sde": Solver(sde, 250, 2, ("flow",)),
 }
 
 
@@ -330,13 +330,13 @@ def check_settings(net, labels, guidance, interval, solver, steps, c_prime):
     if solver is None:
         flow = "dopri5" if steps is None else "heun"
         solver = {"ddpm": "ddpm", "vp": "dpm", "flow": flow}[net.objective]
-    fitting = [s for s in SOLVERS if net.objective in SOLVERS[s][3]]
+    fitting = [s for s in SOLVERS if net.objective in SOLVERS[s].objectives]
     if solver not in fitting:
         raise InputError(f"--solver {solver} does not fit {net.config['name']}: one of {', '.join(fitting)}")
-    _, default_steps, fewest, _ = SOLVERS[solver]
+    default, fewest = SOLVERS[solver].steps, SOLVERS[solver].fewest
     if steps is None:
-        return solver, default_steps
-    if default_steps is None:
+        return solver, default
+    if default is None:
         raise InputError(f"--steps {steps} does not fit --solver {solver}: it picks its own; try heun")
     if not fewest <= steps <= 1000:
         raise InputError(f"--steps {steps} does not fit --solver {solver}: {fewest} .. 1000")
@@ -361,7 +361,7 @@ def generate(net, labels, guidance=1.0, interval=(0, 1), solver=None, steps=None
         index = torch.arange(len(y))
     index = torch.as_tensor(index, dtype=torch.int64, device=device)
     solver, steps = check_settings(net, y, guidance, interval, solver, steps, c_prime)
-    solve = SOLVERS[solver][0]
+    solve = SOLVERS[solver].function
 
     c = net.config["c"]
     k = c_prime or c

@@ -350,7 +350,7 @@ class Evaluation:
         """The pictures, at `size` px."""
         self.size = size
         self.data = open_images(self.args.val or self.args.data, size, seed=self.args.seed)
-        self.numbers = evenly_spaced(self.data, self.args.eval_num)
+        self.indices = evenly_spaced(self.data, self.args.eval_num)
 
     def add_networks(self, named):
         """LPIPS (AlexNet, as the published evaluation) and rFID's network; what cannot be downloaded is named
@@ -379,8 +379,8 @@ class Evaluation:
     def table(self, ae):
         """[{c_prime, psnr, psnr_n, ssim, lpips, rfid, knn, n}, ...]; ae: in eval mode, whole on every rank.
         psnr_n: pictures of finite PSNR, over which psnr is the mean (None: there are none)."""
-        ranks, n = self.ranks, len(self.numbers)
-        mine = self.numbers[ranks.rank::ranks.size]
+        ranks, n = self.ranks, len(self.indices)
+        mine = self.indices[ranks.rank::ranks.size]
         size = max(1, micro_batch(self.args, ranks))
         order = [mine[i:i + size] for i in range(0, len(mine), size)]
         scores = self.fitting()
@@ -429,17 +429,17 @@ class Evaluation:
         each c'."""
         if not self.ranks.is_main:
             return
-        numbers = evenly_spaced(self.data, 8)
-        img = self.data.get_batch(numbers, numbers)[0].to(self.ranks.device)
+        indices = evenly_spaced(self.data, 8)
+        img = self.data.get_batch(indices, indices)[0].to(self.ranks.device)
         z = ae.encode(img)
         recs = [ae.decode(z[:, :c_prime]) for c_prime in self.rows]
         titles = ["original"] + [f"c' = {c_prime}" for c_prime in self.rows]
-        save_grid(to_uint8(torch.cat([img, *recs])), path, len(numbers), rows=titles)
+        save_grid(to_uint8(torch.cat([img, *recs])), path, len(indices), rows=titles)
 
     def as_text(self, table):
         names = [name for name in table[0] if name not in ("c_prime", "psnr_n", "n")]
         by = f"; rfid: {self.extractor.name}" if self.extractor else ""
-        lines = [f"reconstruction at {self.size} px, {len(self.numbers)} images{by}"]
+        lines = [f"reconstruction at {self.size} px, {len(self.indices)} images{by}"]
         lines += [f"{'c_prime':>9}" + "".join(f"{name:>9}" for name in names)]
         for row in table:
             numbers = [math.nan if row[name] is None else row[name] for name in names]
@@ -607,7 +607,8 @@ def open_init(args):
         return None
     ae = DCAE.from_pretrained(source)
     for name, given in config_of_flags(args).items():
-        have, flag = getattr(ae.config, name), re.sub("(en|de)coder_", "", name)
+        flag = re.sub("(en|de)coder_", "", name)
+        have = ae.config.encoder_widths[0] if flag == "width" else getattr(ae.config, name)
         if given != have:
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
     return ae
@@ -767,7 +768,7 @@ def training_flags(description):
         "decay of an average of the weights, which evaluations and all that read the checkpoint use; 0: none")
     add("--ema_warmup", ABOVE_0, 2000.0, "steps (time constant) over which that sets in")
     add("--checkpointing", bool, False,
-        "compute what is in a stage or block once more in the backward pass: less memory, a third more work")
+        "recompute activations of a stage or block in the backward pass: less memory, a third more work")
     add("--seed", within(int, 0, 2**63 - 1), 0, "of weights, data order, noise and c'")
     add("--dtype", str, "bf16" if cuda else "fp32", "autocast; weights are fp32", choices=["bf16", "fp32"])
     add("--compile", bool, cuda, "torch.compile")
@@ -1107,9 +1108,10 @@ class Run:
 
     def __init__(self, args, ranks):
         self.args, self.ranks = args, ranks
-        self.signalled = self.stop = self.waits = False
+        self.signalled = self.stop = self.interruptible = False
         self.lock = self.bar = self.wandb = self.saved = None   # saved: the step that ckpt.pt holds
-        self.sums, self.wait = {}, 0.0                          # since the last log line
+        self.sums, self.data_seconds = {}, 0.0                  # since the last log line
+        self.start_step = self.logged = 0                       # of this process; of the last log line
         if ranks.is_main and not args.bench:
             self.lock = lock(make_folder(args.out))
             if args.wandb:
@@ -1130,20 +1132,20 @@ class Run:
         signal.alarm(PATIENCE)
 
     def on_alarm(self, number, frame):
-        if self.waits:
+        if self.interruptible:
             sys.exit(f"stopped by a signal while waiting; {self.where()}")
 
     @contextmanager
     def waiting(self):
         """Around what may take for ever, but holds nothing that a checkpoint needs: a signal ends it after
         PATIENCE seconds."""
-        self.waits = True
+        self.interruptible = True
         if self.signalled:
             signal.alarm(PATIENCE)
         try:
             yield
         finally:
-            self.waits = False
+            self.interruptible = False
 
     def where(self):
         path, held = f"{self.args.out}/ckpt.pt", "was not yet written"
@@ -1277,7 +1279,7 @@ class Run:
         start = time.time()
         with self.waiting():
             batch = next(stream)
-        self.wait += time.time() - start
+        self.data_seconds += time.time() - start
         return batch
 
     def add(self, weight=1.0, **terms):
@@ -1298,12 +1300,12 @@ class Run:
         terms, seconds = self.averages(), time.time() - self.since
         speed = (done - self.logged) * self.args.batch_size / seconds
         line = {"step": done, **terms, **facts, "skipped": int(guard.skipped),
-                "img_per_s": float(f"{speed:.4g}"), "wait": round(self.wait / seconds, 3)}
+                "img_per_s": float(f"{speed:.4g}"), "wait": round(self.data_seconds / seconds, 3)}
         self.append("log.jsonl", line)
         text = (f"loss {terms.get('loss', math.nan):.4f}, {speed:.3g} img/s, wait {line['wait']:.0%}, "
                 f"skipped {line['skipped']}")
         self.bar.set_postfix_str(text, refresh=done == self.start_step + 1)
-        self.sums, self.wait, self.since, self.logged = {}, 0.0, time.time(), done
+        self.sums, self.data_seconds, self.since, self.logged = {}, 0.0, time.time(), done
         self.stop = self.ranks.any(self.signalled)
         if guard.worst >= 10:
             raise InputError(f"10 steps in a row had a non-finite loss (lower --lr, or --dtype fp32); "

@@ -244,18 +244,18 @@ class Latents:
 def cache_latents(args, ae, ranks, data):
     """The images' latents through the ADM crop, encoded where that is not yet done; ranks take chunks in
     turn. Finished chunks are marked, so that a killed run goes on."""
-    numbers = evenly_spaced(data, args.max_images)
+    indices = evenly_spaced(data, args.max_images)
     side = args.image_size // ae.config.f
     manifest = {"format": 2,                                    # 1: without checksums
                 "ae_hash": fingerprint(ae),
                 "crop": "adm",
                 "image_size": args.image_size,
-                "count": len(numbers),
+                "count": len(indices),
                 "shape": [ae.config.c, side, side],
                 "scale": ae.scale,
                 "num_classes": data.num_classes,
                 "classes": list(data.classes)}
-    files = [data.files[i] for i in numbers] if hasattr(data, "files") else []
+    files = [data.files[i] for i in indices] if hasattr(data, "files") else []
     held = problem = None                                       # held: the lock, until all is encoded
     if ranks.is_main:
         try:
@@ -264,7 +264,7 @@ def cache_latents(args, ae, ranks, data):
             problem = e
     if ranks.any(problem is not None):
         raise problem or InputError("--cache: the first rank says why")
-    fill_cache(args, ae, ranks, data, numbers)
+    fill_cache(args, ae, ranks, data, indices)
     ranks.wait()
     if held:
         held.close()
@@ -347,11 +347,11 @@ def unusable(folder, what, mend=""):
 
 
 @torch.no_grad()
-def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
+def fill_cache(args, ae, ranks, data, indices, batch_size=64):
     """Encodes this rank's chunks, in the dtype that the cache was begun in."""
     manifest = read_json(Path(args.cache, "manifest.json"))
     done = open_arrays(args.cache, manifest)["done"]
-    chunks = {k: numbers[k * CHUNK:(k + 1) * CHUNK] for k in range(ranks.rank, len(done), ranks.size)
+    chunks = {k: indices[k * CHUNK:(k + 1) * CHUNK] for k in range(ranks.rank, len(done), ranks.size)
               if not done[k]}
     order = [rows[i:i + batch_size] for rows in chunks.values() for i in range(0, len(rows), batch_size)]
     stream = loader(Stream(data), order, args.workers, ranks.device)
@@ -365,7 +365,7 @@ def fill_cache(args, ae, ranks, data, numbers, batch_size=64):
                 plain, mirrored = (ae.encode(x).half().cpu() for x in (img, img.flip(3)))    # (b,c,h,w) each
             parts.append((plain, mirrored, y))
         with writing("--cache", args.cache):
-            write_chunk(args.cache, k, len(numbers), parts)
+            write_chunk(args.cache, k, len(indices), parts)
 
 
 def write_chunk(folder, k, n, parts):
