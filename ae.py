@@ -100,7 +100,7 @@ class AEConfig:
                 raise InputError(f"--{flag} {number}: must be a whole number in 1 .. 65536")
         if not 4 <= self.f <= 4096 or self.f & (self.f - 1):
             raise InputError(f"--f {self.f}: the spatial compression must be a power of two in 4 .. 4096")
-        if self.version not in list(PUBLISHED):
+        if self.version not in list(PUBLISHED):                         # a stranger's may be unhashable
             raise InputError(f"--version {self.version}: the versions are 1.0 and 1.5")
         self.fill()
         self.check("encoder", self.encoder_widths, self.encoder_depths)
@@ -108,6 +108,7 @@ class AEConfig:
 
     def fill(self):
         n = self.f.bit_length()                                         # stages
+        # The last number repeated, n in all
         growth, encoder, decoder = ((row + n * row[-1:])[:n] for row in PUBLISHED[self.version])
         widths = [self.width * k for k in growth]
         self.encoder_widths = tuple(self.encoder_widths or widths)
@@ -263,7 +264,8 @@ class Up(nn.Module):
 # The autoencoder
 
 class Stage(nn.Sequential):
-    """Blocks of one size. checkpointing: activations are recomputed in the backward pass, to save memory."""
+    """A stage's blocks and its Down or Up. checkpointing: activations are recomputed in the backward pass, to
+    save memory."""
     checkpointing = False
 
     def forward(self, x):
@@ -440,6 +442,7 @@ def within(kind, low, high):
         if not low <= kind(text) <= high:                               # nor NaN
             raise argparse.ArgumentTypeError(f"{text}: must lie in {low:g} .. {high:g}")
         return kind(text)
+    number.__name__ = kind.__name__                                     # argparse says it of other words
     return number
 
 
@@ -514,6 +517,13 @@ def checksum(*arrays):
     for x in arrays:
         crc = zlib.crc32(np.ascontiguousarray(x), crc)
     return crc or 1
+
+
+def check_out(folder):
+    """InputError where no such folder can be made or written to: said before any work."""
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(f"--out {folder}: {there} is no folder that can be written to; name another --out")
 
 
 def make_folder(path):
@@ -1345,6 +1355,8 @@ def read_config(tensors):
         depths = Counter(stage for stage, _ in blocks)
         sizes[side + "_widths"] = (widths[1] // 2, *widths.values())
         sizes[side + "_depths"] = (0, *(depths[stage] for stage in widths))
+    if len(sizes["encoder_widths"]) != len(sizes["decoder_widths"]):
+        raise InputError("not complete (sana variants are not read)")
     version = "1.0" if any(name.endswith("running_mean") for name in tensors) else "1.5"
     return AEConfig(f=2 ** len(widths), c=len(tensors["encoder.project_out.bias"]), version=version,
                     width=sizes["encoder_widths"][0],

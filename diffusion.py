@@ -1,4 +1,4 @@
-"""Latents to denoiser: DiT and U-ViT, three objectives, and DC-AE 1.5's augmented diffusion training.
+"""Latents to denoiser: DiT and U-ViT, three objectives, DC-AE 1.5's augmented training; noise by key.
 
                           DiT network    U-ViT network
   learned-sigma DDPM      DiT            -                 t = 0 .. 999,  data at t = 0
@@ -139,8 +139,8 @@ def forward_macs(net):
     config = net if isinstance(net, dict) else net.config
     with torch.device("meta"), FlopCounterMode(display=False) as flops:
         net = build(**config)
-        one = torch.zeros(1, dtype=torch.long)
-        net(torch.zeros(1, config["c"], *net.grid), one, one)
+        zero = torch.zeros(1, dtype=torch.long)
+        net(torch.zeros(1, config["c"], *net.grid), zero, zero)
     return flops.get_total_flops() // 2
 
 
@@ -486,8 +486,9 @@ def training_loss(net, z, y, c_prime=None, t=None, noise=None, reduction="mean")
 # All keys of this repository:
 #   training   (seed, NOISE or TIME or DROP or MIRROR, n)     n: the sample's number in the run
 #   sampling   (seed, i, j)     i: the image's; j: 0 for pure noise, then the solver's j-th fresh noise
-# Sampling's with i = 0 .. 3 are training's too, which is harmless: nothing is learned there. Other draws: c'
-# and data order (train_ae.py), crops and toy pictures (ae.py), random labels (sample.parse_classes).
+# Images 0 to 3 are sampled under keys that training uses too (NOISE .. MIRROR are 0 .. 3): harmless, as
+# sampling trains nothing. Other draws: c' and data order (train_ae.py), crops and toy pictures (ae.py),
+# random labels (sample.parse_classes).
 # A changed number changes every resumed run and every sample.
 
 NOISE, TIME, DROP, MIRROR = range(4)        # of z_t; t; whether the label is dropped; whether to mirror
@@ -573,6 +574,7 @@ def from_pretrained(x, name=None, **config):
         settings.update(config)
         with torch.device("meta"):
             net = build(**settings)
+        check_shapes(net.state_dict(), weights, f"{path}: does not fit {settings['name']}")
         net.to_empty(device="cpu").load_state_dict(weights)
     except Exception as e:                                              # a stranger's file may hold anything
         line = str(e)
@@ -581,6 +583,15 @@ def from_pretrained(x, name=None, **config):
         raise InputError(line) from None
     net.info = info
     return net.eval()
+
+
+def check_shapes(wanted, given, complaint):
+    wanted = {k: tuple(v.shape) for k, v in wanted.items()}
+    given = {k: tuple(v.shape) for k, v in given.items()}
+    for k in sorted(wanted | given):
+        if given.get(k) != wanted.get(k):
+            found = f"tensor {k[:60]} is {given.get(k, 'missing')}, wanted {wanted.get(k, 'none')}"
+            raise InputError(f"{complaint}: {found}")
 
 
 def read_ours(path, content, name):
@@ -608,8 +619,8 @@ def read_published(path, content, x, name, config):
     if "label_emb.weight" in weights:                                   # U-ViT's own name of the same table
         weights["label_emb.embedding_table.weight"] = weights.pop("label_emb.weight")
     network = "UViT" if "patch_embed.proj.weight" in weights else "DiT"
-    for k in (*KEY_TENSORS[network], "pos_embed"):
-        if k not in weights:
+    for k, ndim in zip((*KEY_TENSORS[network], "pos_embed"), (4, 2, 2, 3)):
+        if k not in weights or weights[k].ndim != ndim:
             raise InputError(f"{path}: neither a DiT nor a class-conditional U-ViT: tensor {k} is missing")
     if network == "UViT" and any(k.startswith("final_layer") for k in weights):
         raise InputError(f"{path}: this U-ViT ends in a 3x3 convolution (final_layer); it is not supported")

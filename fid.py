@@ -552,7 +552,7 @@ class ImageSet(torch.utils.data.Dataset):
         if not 1 <= self.n <= total:
             raise InputError(f"{path}: {total} images in there" + (f", --num {num} asked for" if num else ""))
         self.indices = evenly_spaced(self.data, self.n)
-        self.size = None
+        self.size = None                                        # read_one compares with it
         self.size = tuple(self.read([0]).shape[1:3])            # (H, W) of the first image: all must have it
 
     def open_npz(self, path):

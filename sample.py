@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import diffusion
-from ae import (Flags, InputError, checksum, evenly_spaced, fingerprint, lock, make_folder, open_autoencoder,
-                read_json, save_grid, script, synchronized_time, to_uint8, within, write, writing)
+from ae import (Flags, InputError, check_out, checksum, evenly_spaced, fingerprint, lock, make_folder,
+                open_autoencoder, read_json, save_grid, script, synchronized_time, to_uint8, within, write,
+                writing)
 from diffusion import ddpm_schedule, gaussian, model_mean_log_var, vp_schedule
 
 TOY = dict(ckpt="out/toy-diffusion", out="out/toy-samples", guidance=2.0)   # what --toy sets
@@ -80,8 +81,8 @@ def guided(net, y, guidance, interval):
         z_t = F.pad(x, (0, 0, 0, 0, 0, c - k))                              # (b, c, h, w), zeros behind c'
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(b)
         s = flow_time(net, t)
-        inside = (interval[0] <= s) & (s <= interval[1]) & (guidance != 1)
-        g = inside.nonzero()[:, 0]                                          # the images guided at this t
+        inside = (interval[0] <= s) & (s <= interval[1])
+        g = inside.nonzero()[:, 0] if guidance != 1 else t[:0].long()       # the images guided at this t
         null = torch.full_like(g, net.config["num_classes"])
 
         # one pass: all images with their labels, then the guided ones without
@@ -386,7 +387,8 @@ class Unfinished:
     def __init__(self, out, shape, batch_size):
         self.out = out
         self.shape = shape
-        self.batches = torch.arange(shape[0]).split(batch_size)             # the same for any number of ranks
+        self.batch_size = batch_size
+        self.batches = math.ceil(shape[0] / batch_size)         # the same for any number of ranks
         self.pixels = out / "samples.part.pixels"
         self.done = out / "samples.part.done"
         self.settings = out / "samples.part.json"
@@ -403,7 +405,7 @@ class Unfinished:
                              "with its own flags, or remove samples.part.* in there")
         if not begun or not self.verified():
             self.allocate()
-            self.done.write_bytes(bytes(4 * len(self.batches)))
+            self.done.write_bytes(bytes(4 * self.batches))
             new = self.out / "samples.part.tmp"
             new.write_text(text)
             os.replace(new, self.settings)
@@ -425,12 +427,12 @@ class Unfinished:
     def verified(self):
         """Whether there are batches to go on with. Those that are damaged lose their mark."""
         try:
-            done = np.memmap(self.done, np.uint32, "c", shape=len(self.batches))
+            done = np.memmap(self.done, np.uint32, "c", shape=self.batches)
             pixels = np.memmap(self.pixels, np.uint8, "r", shape=self.shape)
         except (OSError, ValueError):                           # gone, or too short
             return False
         for k in np.flatnonzero(done):
-            if checksum(pixels[self.batches[k]]) != done[k]:
+            if checksum(pixels[self.index(k)]) != done[k]:
                 done[k] = 0
         write(self.done, 0, done.tobytes())
         return done.any()
@@ -438,12 +440,17 @@ class Unfinished:
     def left(self, rank=0, world=1):
         """The batches of a rank's contiguous share that are not drawn yet."""
         done = np.fromfile(self.done, np.uint32)
-        n = len(self.batches)
-        return [k for k in range(n * rank // world, n * (rank + 1) // world) if not done[k]]
+        share = range(self.batches * rank // world, self.batches * (rank + 1) // world)
+        return [k for k in share if not done[k]]
+
+    def index(self, k):
+        """The images of batch k, (b,)."""
+        first = k * self.batch_size
+        return torch.arange(first, min(first + self.batch_size, self.shape[0]))
 
     def put(self, k, pixels):
         """Batch k, (b, H, W, 3), and then its mark."""
-        write(self.pixels, self.batches[k][0].item() * pixels[0].numel(), pixels.numpy().tobytes())
+        write(self.pixels, k * self.batch_size * pixels[0].numel(), pixels.numpy().tobytes())
         write(self.done, 4 * k, np.uint32(checksum(pixels.numpy())).tobytes())
 
     def save(self, labels):
@@ -537,6 +544,8 @@ def parse(argv):
         raise InputError("sample.py needs --ckpt CKPT (or --toy)")
     if args.classes is None:
         args.classes = "all" if args.n <= 100 else "random"
+    if not args.bench:
+        check_out(output_folder(args))
     return args
 
 
@@ -666,7 +675,7 @@ def main(argv=None):
         with tqdm(part.left(rank, world), f"rank 0 of {world}", unit="img", unit_scale=args.batch_size,
                   disable=rank > 0) as bar:
             for k in bar:
-                part.put(k, to_pixels(sample_latents(part.batches[k])))
+                part.put(k, to_pixels(sample_latents(part.index(k))))
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()

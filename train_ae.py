@@ -50,7 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
-from ae import (DCAE, AEConfig, Flags, InputError, channel_mask, doubling, evenly_spaced, lock,
+from ae import (DCAE, AEConfig, Flags, InputError, channel_mask, check_out, doubling, evenly_spaced, lock,
                 make_folder, open_images, open_weights, parse_channels, save_grid, script,
                 synchronized_time, to_uint8, within, write_checkpoint, writing)
 
@@ -220,7 +220,7 @@ def train(args, ranks, config, ae):
         return
     perceptual = open_perceptual(args, ranks) if args.lpips else None
     evaluation = Evaluation(args, ranks, config) if args.eval_every else None
-    if owed:
+    if owed:                                                    # cut off by a kill; phase 3: before step 1
         evaluation.report(run, ema or ae, start_step)
 
     # The loop
@@ -245,7 +245,7 @@ def train(args, ranks, config, ae):
                 loss = loss + args.lpips * terms["lpips"]
             if adversary:
                 terms["g"] = adversary.autoencoder_loss(rec)
-                terms["gan_weight"] = torch.full_like(l1, adversary.weight(step))
+                terms["gan_weight"] = torch.full_like(l1, adversary.weight(step))   # a tensor, as the others
                 loss = loss + terms["gan_weight"] * terms["g"]
             (loss / args.accumulate).backward()
             if adversary:                                       # the other player's turn
@@ -253,7 +253,7 @@ def train(args, ranks, config, ae):
                 (d_loss / args.accumulate).backward()
                 terms |= d_terms
             step_z_square = step_z_square + z2 / args.accumulate
-            run.add(**dict.fromkeys(loss_names(config.c, args.channels, c_prime), loss), **terms)
+            run.add(**{name: loss for name in loss_names(config.c, args.channels, c_prime)}, **terms)
 
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
         run.add(grad_norm=grad_norm)
@@ -339,10 +339,11 @@ class Evaluation:
         self.rows = doubling(config.c, args.channels[0])
         if args.eval_channels:
             self.rows = sorted(set(args.eval_channels))
-        self.scores = {"psnr": fid.psnr, "ssim": fid.ssim}      # of pixels; lpips: of img
+        self.scores = {"psnr": fid.psnr, "ssim": fid.ssim}      # of uint8 pixels; lpips: of float img
         self.extractor = None
         self.open(args.size)
         named = args.features or args.inception != "default"    # rFID's network
+        # Training on toy images downloads nothing unasked
         if config.in_channels == 3 and (named or args.eval_only or args.data != "toy"):
             self.add_networks(named)
 
@@ -369,8 +370,8 @@ class Evaluation:
 
     def fitting(self):
         """The scores that pictures of this size allow."""
-        smallest = {"psnr": 1, "ssim": 11, "lpips": 31}         # px: SSIM's window, AlexNet's strides
-        fitting = {name: score for name, score in self.scores.items() if self.size >= smallest[name]}
+        smallest = {"ssim": 11, "lpips": 31}                    # px: SSIM's window, AlexNet's strides
+        fitting = {name: score for name, score in self.scores.items() if self.size >= smallest.get(name, 1)}
         if left_out := [name for name in self.scores if name not in fitting]:
             self.ranks.print0(f"left out for pictures of {self.size} px: {', '.join(left_out)}")
         return fitting
@@ -414,7 +415,7 @@ class Evaluation:
             of_all = fid.gather_rows(parts)                     # (n,scores)
             finite = of_all.isfinite()                          # the PSNR of equal pictures is not
             means = of_all.where(finite, math.nan).nanmean(0).tolist()
-            row = {"c_prime": c_prime, "n": n, "psnr_n": finite[:, 0].sum().item()}
+            row = {"c_prime": c_prime, "n": n, "psnr_n": finite[:, 0].sum().item()}   # psnr: the first
             row |= {name: None if math.isnan(mean) else mean for name, mean in zip(scores, means)}
             if extractor:
                 row["rfid"] = fid.frechet_distance(real.mean, real.cov, moments.mean, moments.cov)
@@ -600,16 +601,19 @@ def open_init(args):
     held = [f"{args.out}/{name}" for name in ("ckpt.pt", "ckpt_prev.pt")]
     source = args.init
     if source is None and needs:
-        if not any(map(os.path.isfile, held)):
+        if not (args.out and any(map(os.path.isfile, held))):
             raise InputError(f"{needs[0]} needs --init CKPT (the run before it)")
         source = args.out
     if source is None:
         return None
     ae = DCAE.from_pretrained(source)
+    if args.shortcuts is False and ae.config.shortcuts:
+        raise InputError(f"--no-shortcuts: {source} has them; leave the flag out")
+    toy = [several(int)(TOY[flag]) for flag in ("widths", "depths")] if args.toy else []
     for name, given in config_of_flags(args).items():
         flag = re.sub("(en|de)coder_", "", name)
-        have = ae.config.encoder_widths[0] if flag == "width" else getattr(ae.config, name)
-        if given != have:
+        have = "of its own" if flag == "width" else getattr(ae.config, name)    # 128 may hide --widths
+        if given != have and given not in toy:
             raise InputError(f"--{flag} {given}: {source} has {flag} {have}; leave the flag out")
     return ae
 
@@ -803,6 +807,8 @@ def parse_flags(p, recipe, toy, argv=None):
     args = p.parse_args(argv)
     if args.wandb:
         import_wandb()
+    if args.out:
+        check_out(args.out)
     fid.check_files(args.inception, args.features)
     if not args.dry_run:
         check_folder("data", args.data)
@@ -1085,7 +1091,8 @@ def load_state(module, opt, ckpt, args, ema=None):
     flags = [{name: group[name] for name in ("betas", "weight_decay")} for group in opt.param_groups]
     try:
         model, average, moments = ckpt["model"], ckpt.get("ema") or ckpt["model"], ckpt["optimizer"]
-        if not model.keys() == average.keys() == module.state_dict().keys() >= moments["state"].keys():
+        names = module.state_dict().keys()
+        if not (model.keys() == average.keys() == names >= moments["state"].keys() and moments["state"]):
             raise KeyError
         set_state_dict(module, opt, model_state_dict=model, optim_state_dict=moments, options=WHOLE)
         if ema is not None:
@@ -1180,7 +1187,7 @@ class Run:
                 os.replace(last, f"{self.args.out}/ckpt_damaged.pt")
             os.replace(before, last)
         changed = [flag for flag, value in vars(self.args).items() if flag not in ("steps", "out")
-                   and value is not None and value != ckpt["args"].get(flag, value)]
+                   and None not in (value, ckpt["args"].get(flag)) and value != ckpt["args"][flag]]
         note = f"; changed since: {', '.join(changed)}" if changed else ""
         self.ranks.print0(f"resuming {file} at step {self.saved}{note}")
         return ckpt

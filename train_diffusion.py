@@ -2,7 +2,7 @@
 
     python train_diffusion.py --toy                             # minutes on a laptop CPU
     torchrun train_diffusion.py --ae out/dc-ae-1.5-f64c128 --model USiT-H --data imagenet/train
-    torchrun --nproc_per_node 8 train_diffusion.py --ae dc-ai/dc-ae-f64c128-1.5 --model USiT-2B --fsdp ...
+    torchrun --nproc_per_node 8 train_diffusion.py --ae dc-ai/dc-ae-1.5-f64c128 --model USiT-2B --fsdp ...
 The same command again goes on from the last checkpoint in --out. --no-augment: ordinary training, a baseline.
 
 Images are encoded once, plain and mirrored, into a memory-mapped cache of raw latents; training reads that.
@@ -68,8 +68,8 @@ def main(argv=None):
 
 
 def train(args, ranks, ae, c, size):
-    toy = args.data == "toy"                # train: of toy images the training set, of a folder random crops
-    data = BENCH_DATA if args.bench else open_images(args.data, args.image_size, train=toy)
+    # toy: its training set; a folder: no random crops, as each image is encoded once
+    data = BENCH_DATA if args.bench else open_images(args.data, args.image_size, train=args.data == "toy")
     reference = Reference(args, ranks) if args.fid and args.eval_every else None
     run = Run(args, ranks)
 
@@ -100,8 +100,8 @@ def train(args, ranks, ae, c, size):
         return
     latents = BENCH_DATA if args.bench else cache_latents(args, ae, ranks, data)
     if reference:
-        reference.measure()
-    if owed:
+        reference.measure()                                     # what is wrong with it, was said before
+    if owed:                                                    # a preview that a kill cut off
         evaluate(run, start_step, ema, ae, latents, reference)
 
     # The loop
@@ -129,7 +129,7 @@ def train(args, ranks, ae, c, size):
                 loss = training_loss(forward, z, y, c_prime, t, noise, reduction="none")  # (b,)
             (loss.mean() / args.accumulate).backward()
 
-            run.add(**dict.fromkeys(loss_names(c, args.channels, c_prime), loss.mean()))
+            run.add(**{name: loss.mean() for name in loss_names(c, args.channels, c_prime)})
             add_quarters(run, loss.detach().float(), u)
 
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
@@ -154,9 +154,9 @@ def train(args, ranks, ae, c, size):
 def add_quarters(run, loss, u):
     """To the log: the mean of loss (b,) in each quarter of the time axis, u (b,) in [0,1)."""
     for quarter in range(4):
-        within = ((u * 4).long() == quarter).float()
-        mean = (loss * within).sum() / within.sum()             # nan where none is: add() leaves it out
-        run.add(weight=within.sum(), **{f"loss_t{quarter}": mean})
+        here = ((u * 4).long() == quarter).float()
+        mean = (loss * here).sum() / here.sum()                 # nan where none is: add() leaves it out
+        run.add(weight=here.sum(), **{f"loss_t{quarter}": mean})
 
 
 def absolute(x):
@@ -185,19 +185,20 @@ class Latents:
     """get_batch(indices, keys) -> raw z (b,c,h,w) float16, y (b,); the mirror image is drawn from (seed,
     key). InputError: a chunk that is read for the first time does not have its checksum."""
 
-    def __init__(self, folder, seed=0):
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder, seed=0, held=None):
+        # held: the lock of the run that has filled it; closing it would drop the run's own, if --out is here
+        self.folder, self.seed, self.held = folder, seed, held
         self.manifest = read_json(Path(folder, "manifest.json"))
         self.num_classes = self.manifest["num_classes"]
         chunks = len(self.arrays["done"])
         self.checked = torch.zeros(chunks, dtype=torch.bool).share_memory_()    # among loader processes
         rows = np.arange(0, len(self), max(1, len(self) // 2048))
-        # rms decides only where the autoencoder knows no scale or is broken; then its rows must be whole
         rms = float(np.sqrt(np.square(self.arrays["latents"][0, rows], dtype=np.float32).mean()))
         self.scale = self.manifest["scale"]
-        if self.scale == 1 or not 0 < rms < math.inf:
+        broken = not 0 < rms < math.inf
+        if self.scale == 1 or broken:                           # rms decides: its rows must be whole
             self.check(rows)
-        if not 0 < rms < math.inf:
+        if broken:
             raise InputError(f"--cache {folder}: latents of rms {rms}; is the autoencoder trained?")
         if self.scale == 1:                                     # the autoencoder knows none
             self.scale = 1 / rms
@@ -210,7 +211,7 @@ class Latents:
         return open_arrays(self.folder, self.manifest)
 
     def __getstate__(self):                                     # every process opens the arrays itself
-        return {name: x for name, x in self.__dict__.items() if name != "arrays"}
+        return {name: x for name, x in self.__dict__.items() if name not in ("arrays", "held")}
 
     def get_batch(self, indices, keys):
         indices = np.asarray(indices)
@@ -256,7 +257,7 @@ def cache_latents(args, ae, ranks, data):
                 "num_classes": data.num_classes,
                 "classes": list(data.classes)}
     files = [data.files[i] for i in indices] if hasattr(data, "files") else []
-    held = problem = None                                       # held: the lock, until all is encoded
+    held = problem = None
     if ranks.is_main:
         try:
             held = open_cache(args, manifest, files)
@@ -266,9 +267,7 @@ def cache_latents(args, ae, ranks, data):
         raise problem or InputError("--cache: the first rank says why")
     fill_cache(args, ae, ranks, data, indices)
     ranks.wait()
-    if held:
-        held.close()
-    return Latents(args.cache, args.seed)
+    return Latents(args.cache, args.seed, held)
 
 
 def open_cache(args, manifest, files):
@@ -354,9 +353,9 @@ def fill_cache(args, ae, ranks, data, indices, batch_size=64):
     chunks = {k: indices[k * CHUNK:(k + 1) * CHUNK] for k in range(ranks.rank, len(done), ranks.size)
               if not done[k]}
     order = [rows[i:i + batch_size] for rows in chunks.values() for i in range(0, len(rows), batch_size)]
-    stream = loader(Stream(data), order, args.workers, ranks.device)
-    stream = iter(tqdm(stream, desc="caching latents", unit="batch", dynamic_ncols=True,
-                       disable=not ranks.is_main or not chunks))
+    stream = iter(loader(Stream(data), order, args.workers, ranks.device))
+    bar = tqdm(total=sum(map(len, order)), desc="caching latents", unit="img", dynamic_ncols=True,
+               disable=not ranks.is_main or not chunks)
     for k, rows in chunks.items():
         parts = []
         for img, y in itertools.islice(stream, math.ceil(len(rows) / batch_size)):
@@ -364,8 +363,10 @@ def fill_cache(args, ae, ranks, data, indices, batch_size=64):
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=manifest.get("dtype") == "bf16"):
                 plain, mirrored = (ae.encode(x).half().cpu() for x in (img, img.flip(3)))    # (b,c,h,w) each
             parts.append((plain, mirrored, y))
+            bar.update(len(y))
         with writing("--cache", args.cache):
             write_chunk(args.cache, k, len(indices), parts)
+    bar.close()
 
 
 def write_chunk(folder, k, n, parts):

@@ -441,6 +441,19 @@ def test_a_second_run_that_would_fill_a_cache_is_refused_and_one_that_reads_is_n
     refused(toy_flags(home, locked), f"--cache {locked}", "another run is filling it", "wait for it")
 
 
+def test_a_cache_in_the_run_folder_leaves_the_run_its_lock(home, tmp_path, monkeypatch):
+    """POSIX: a process that closes any descriptor of a file loses all its locks on it."""
+    real, tried = train_diffusion.batches, []
+
+    def batches(*args):
+        code = f"import ae; ae.lock({str(tmp_path)!r})"
+        tried.append(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True))
+        return real(*args)
+    monkeypatch.setattr(train_diffusion, "batches", batches)
+    train_diffusion.main(f"{toy_flags(home, tmp_path)} --max_images 8 --out {tmp_path}".split())
+    assert tried[0].returncode == 1 and "another process is writing there" in tried[0].stderr
+
+
 def test_ranks_are_refused_together(home, tmp_path):
     flags = f"{toy_flags(home, home / 'long')} --max_images 300 --out {tmp_path}/out"
     job = Job(tmp_path, "train_diffusion.py", flags, ranks=2)

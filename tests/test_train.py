@@ -774,9 +774,15 @@ def test_other_bad_input(tmp_path, toy_ae):
         with pytest.raises(InputError, match=f"--{flag} {value}.* has {flag}"):
             stage1(f"--init {toy_ae} --{flag} {value} --dry_run")
     for flag in ("widths 4,8,8", "depths 0,2,1", "width 64", "no-shortcuts"):
-        with pytest.raises(InputError, match=f"--{flag.split()[0].removeprefix('no-')}.* leave the flag out"):
+        with pytest.raises(InputError, match=f"--{flag.split()[0]}.* leave the flag out"):
             stage1(f"--init {toy_ae} --{flag} --dry_run")
+    stage1(f"--toy --f 4 --c 8 --init {toy_ae} --dry_run")                    # its own widths win over the preset's
+    with pytest.raises(InputError, match="--steps .*int value: '1e3'"):
+        stage1("--steps 1e3")
     (tmp_path / "file").write_text("")
+    for how in ("--bench", "--dry_run", "--eval_only"):
+        with pytest.raises(InputError, match="--out .*no folder"):
+            stage1(f"--toy {how} --out {tmp_path}/file/in")
     with pytest.raises(InputError, match="--out .*file"):
         stage1(f"{AE} --steps 1 --out {tmp_path}/file")
     (tmp_path / "empty").mkdir()
