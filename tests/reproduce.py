@@ -83,8 +83,8 @@ SIZES = {"small": "--hidden 64 --heads 2 --depth 2",
 
 # Recipes: of autoencoders on built-in pictures and on class folders, and of all diffusion models
 TOY_RECIPE = "--toy --eval_every 4500"
-FOLDER_RECIPE = "--lpips 0 --batch_size 32 --lr 2e-3 --betas 0.9 0.99 --weight_decay 0.01 --warmup 50 " \
-                "--eval_every 0 --save_every 1000 --log_every 50"
+FOLDER_RECIPE = "--lpips 0 --batch_size 32 --lr 2e-3 --betas 0.9 0.99 --weight_decay 0.01 --warmup 50 --steps 4000 " \
+                "--cooldown 3000 --eval_every 0 --save_every 1000 --log_every 50"
 DIFFUSION_RECIPE = "--lr 2e-3 --betas 0.9 0.99 --weight_decay 0 --clip 1 --warmup 100 --ema 0.998 --ema_warmup 100 " \
                    "--save_every 2500 --eval_every 0 --log_every 100"
 
@@ -240,9 +240,9 @@ class Study:
             if not (out / "ckpt.pt").exists():
                 balanced(self.autoencoder("structured", c, channels), out, self.pictures())
             return out
-        steps = self.args.ae_steps
-        recipe = [TOY_RECIPE] if self.data == "toy" else ["--data", self.data, FOLDER_RECIPE, "--steps", steps,
-                                                          "--cooldown", steps * 3 // 4]
+        recipe = [TOY_RECIPE] if self.data == "toy" else ["--data", self.data, FOLDER_RECIPE]
+        if self.args.ae_steps:
+            recipe.append(f"--steps {self.args.ae_steps} --cooldown {self.args.ae_steps * 3 // 4}")
         depths = "0" + ",1" * int(math.log2(self.args.f))       # one block in each stage but the first, empty one
         run(train_ae, "--image_size", self.args.image_size, "--f", self.args.f, "--depths", depths,
             "--widths", self.args.widths, "--c", c, "--channels", channels if kind == "structured" else c,
@@ -720,8 +720,8 @@ def parse(argv=None):
     add("--channels", default="12:96:12", help="the c' of structured latents and of augmented training")
     add("--widths", default="16,32,32,64", help="of the autoencoder's stages")
     add("--texture", type=float, default=0.0, help="toy pictures under white texture of this rms (0.08)")
-    add("--ae_steps", type=int, default=4000,
-        help="training steps of the autoencoders of class folders and textured pictures, the rate falling over 3/4")
+    add("--ae_steps", type=int, help="training steps of the autoencoders, in the last 3/4 of which the rate falls "
+        "(default: the toy preset's, or 4,000)")
     add("--batch_size", type=int, default=16, help="of the diffusion models")
     add("--cooldown", type=float, default=0.0, help="share of each run in which the learning rate falls to zero")
     add("--n", type=int, default=1000, help="samples of a score")
