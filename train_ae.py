@@ -406,8 +406,9 @@ class Evaluation:
                 parts.append(torch.stack(part, dim=1).double().cpu())
                 if extractor:
                     moments.update(extractor(rec_pixels)[0])
-        for moments in (real, *fake):
-            moments.reduce()
+        if extractor:
+            for moments in (real, *fake):
+                moments.reduce()
         latents, labels = fid.gather_rows(latents), fid.gather_rows(labels)     # (n,c), (n,)
 
         table = []

@@ -100,7 +100,7 @@ def train(args, ranks, ae, c, size):
         return
     latents = BENCH_DATA if args.bench else cache_latents(args, ae, ranks, data)
     if reference:
-        reference.measure()                                     # what is wrong with it, was said before
+        reference.measure()                                     # opened above: a wrong one is refused early
     if owed:                                                    # a preview that a kill cut off
         evaluate(run, start_step, ema, ae, latents, reference)
 
@@ -127,9 +127,10 @@ def train(args, ranks, ae, c, size):
             with autocast(args, ranks):
                 # DC-AE 1.5 Eq. (2): || mask * target - mask * net(mask * z_t, t, y) ||^2, over kept entries
                 loss = training_loss(forward, z, y, c_prime, t, noise, reduction="none")  # (b,)
-            (loss.mean() / args.accumulate).backward()
+            mean = loss.mean()
+            (mean / args.accumulate).backward()
 
-            run.add(**{name: loss.mean() for name in loss_names(c, args.channels, c_prime)})
+            run.add(**{name: mean for name in loss_names(c, args.channels, c_prime)})
             add_quarters(run, loss.detach().float(), u)
 
         grad_norm, taken = guard.step(opt, params, args.clip)   # taken: 0 where a step was skipped
